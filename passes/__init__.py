@@ -1,0 +1,1 @@
+"""Built-in passes; they reach the framework through entry points, like a third party's."""

@@ -1,0 +1,1 @@
+"""Passes that turn damages, costs and a budget into a plan."""

@@ -1,0 +1,1 @@
+"""Passes that annotate sites and edit nothing."""

@@ -1,0 +1,1 @@
+"""Passes that train what a plan changed against the dense model."""
