@@ -9,11 +9,12 @@ import itertools
 import json
 import re
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from lwcompile.errors import BadPlan
 
 Scalar = int | float | bool | str | None
-Value = Scalar | tuple["Value", ...] | "Spec"
+Value: TypeAlias = "Scalar | tuple[Value, ...] | Spec"
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-/]*")
 _NUMBER = re.compile(r"[+-]?(\d+\.\d*([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?|\d+[eE][+-]?\d+|\d+)(?![A-Za-z0-9_.])")
@@ -135,7 +136,7 @@ class _Reader:
         if self.text.startswith("{", self.at):
             self.at += 1
             return Spec(word, self.arguments())
-        return _WORDS.get(word, word) if word in _WORDS else word
+        return _WORDS.get(word, word)
 
     def list(self) -> tuple[Value, ...]:
         items: list[Value] = []
