@@ -1,27 +1,255 @@
-"""The pass contract: the base classes that built-in and third-party passes extend.
+"""The pass contract: what an analysis, a transform, a solver, an allocator, a healer and a backend are.
 
-A pass is a frozen dataclass. Its fields are its options, validated in `__post_init__`; `name` is how recipes and plans
-call it.
+A pass is a frozen dataclass. Its fields are its options, validated in `__post_init__`; `name` is what recipes and plans call
+it. `spec()` writes a pass as one line and `configure` reads it back, so YAML, command line and Python say the same thing.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from lwcompile.errors import BadPlan
+from lwcompile.spec import Spec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lwcompile.budget import Budget
+    from lwcompile.context import Context
     from lwcompile.formats import NumericFormat, QuantizedTensor
+    from lwcompile.graph import ModelGraph
+    from lwcompile.plan import Plan
+    from lwcompile.program import Program
+    from lwcompile.site import Site, SiteKind
     from lwcompile.stats import InputStats
+    from lwcompile.table import OptionTable
+
+P = TypeVar("P", bound="Pass")
 
 
-class Solver:
-    """Fills a numeric format's values for one weight. Entry-point group: `lwcompile.solvers`."""
+@dataclass(frozen=True)
+class Pass:
+    """What all plugins share: a name, an API version, and options that are fields."""
 
     name: ClassVar[str]
+    api: ClassVar[int] = 1
+
+    def spec(self) -> Spec:
+        """This pass as one line; options at their defaults are left out."""
+        args = {
+            field.name: _to_value(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+        return Spec(self.name, tuple(args.items()))
+
+
+def _to_value(value: Any) -> Any:
+    if isinstance(value, Pass):
+        return value.spec()
+    return tuple(map(_to_value, value)) if isinstance(value, list | tuple) else value
+
+
+def configure(cls: type[P], spec: Spec) -> P:
+    """The pass that `spec` describes. `BadPlan` names an unknown option, a value of the wrong type, or a refused value."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in spec.args:
+        if key not in fields:
+            offered = ", ".join(fields) or "none"
+            raise BadPlan(f"{spec.name} has no option {key!r}; it has {offered}")
+        values[key] = _checked(spec.name, key, value, hints[key])
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise BadPlan(f"{spec}: {error}") from error
+
+
+def _checked(name: str, key: str, value: Any, hint: Any) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    for kind in kinds:
+        origin = typing.get_origin(kind)
+        if origin is Literal and value in typing.get_args(kind):
+            return value
+        if kind is types.NoneType and value is None:
+            return None
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if kind is str and isinstance(value, str | Spec):
+            return str(value)
+        if kind is Spec and isinstance(value, str | Spec):
+            return value if isinstance(value, Spec) else Spec.parse(value)
+        if origin is tuple and isinstance(value, tuple):
+            return tuple(_checked(name, key, v, typing.get_args(kind)[0]) for v in value)
+    wanted = " or ".join(str(getattr(k, "__name__", k)) for k in kinds)
+    raise BadPlan(f"{name}: option {key!r} wants {wanted}, and got {value!r}")
+
+
+# --- analyses
+
+
+@dataclass(frozen=True)
+class Score:
+    """A cheap ranking of sites in any unit: higher means that touching the site hurts more. `samples` is what it rests on."""
+
+    value: float
+    samples: int = 0
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Harm in the task's unit: measured, or predicted by an analysis that says so. Interval at 95 %."""
+
+    value: float
+    low: float = float("nan")
+    high: float = float("nan")
+    samples: int = 0
+    measured: bool = False
+
+
+Annotation = Score | Damage
+
+
+@dataclass(frozen=True)
+class AnalysisPass(Pass):
+    """Annotates sites and edits nothing: the manager compares the program's digest before and after.
+
+    `run` yields `(site id, Score)`, or `(site id, option, Damage)` when it prices options one by one.
+    """
+
+    requires: ClassVar[tuple[str, ...]] = ()
+    provides: ClassVar[tuple[str, ...]] = ()
+
+    def run(self, program: Program, ctx: Context) -> Iterator[tuple[str, Score] | tuple[str, Spec, Damage]]:
+        raise NotImplementedError
+
+
+# --- transforms
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that a transform leaves at a site, for a backend to price: its shape, and its format or dense dtype."""
+
+    shape: tuple[int, ...]
+    format: NumericFormat | None = None
+    dtype: str = "float32"
+    role: Literal["linear", "embedding", "other"] = "other"
+
+
+@dataclass(frozen=True)
+class TransformPass(Pass):
+    """Rewrites the graph at one site.
+
+    Class attributes:
+        kinds: the kinds of site it applies to.
+        exact: promises the same function to relative 1e-5 in float32; otherwise its damage is measured.
+        structural: changes what is computed; otherwise it gives a site a numeric format. A site takes one of each, in that order.
+        silences: removes the sites below, so that their options no longer matter.
+        conflicts: names of transforms that must not stand at the same site.
+    """
+
+    kinds: ClassVar[tuple[SiteKind, ...]] = ()
+    requires: ClassVar[tuple[str, ...]] = ()
+    preserves: ClassVar[tuple[str, ...]] = ()
+    exact: ClassVar[bool] = False
+    structural: ClassVar[bool] = True
+    silences: ClassVar[bool] = False
+    conflicts: ClassVar[tuple[str, ...]] = ()
+
+    def sites(self, sites: Iterable[Site]) -> list[Site]:
+        """The sites it may be tried at; `check` has the last word."""
+        return [site for site in sites if site.kind in self.kinds]
+
+    def check(self, graph: ModelGraph, site: Site) -> None:
+        """Raise `Refused` with the reason if it does not apply; edits nothing."""
+
+    def apply(self, graph: ModelGraph, site: Site, ctx: Context) -> None:
+        """Rewrite `graph` at `site`."""
+        raise NotImplementedError
+
+    def stored(self, graph: ModelGraph, site: Site) -> list[StoredTensor]:
+        """What the site stores afterwards; nothing by default."""
+        return []
+
+
+# --- solvers, allocators, healers
+
+
+@dataclass(frozen=True)
+class Solver(Pass):
+    """Finds the values of a numeric format for one weight."""
+
     needs_hessian: ClassVar[bool] = False
-    """Whether `solve` needs `stats`; a solver that does not may still make use of them."""
 
     def solve(self, weight: Tensor, format: NumericFormat, stats: InputStats | None) -> QuantizedTensor:
-        """Quantize a float weight [N, K]; `stats` describe its inputs [..., K]."""
+        """weight [out, in] float32 -> codes, scales and zeros. `stats` holds what is known of the layer's inputs, or None."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Allocator(Pass):
+    """Turns damages, costs, constraints and a budget into a plan."""
+
+    def allocate(self, table: OptionTable, budget: Budget) -> Plan:
+        """The plan of least predicted damage it finds under the budget; `InfeasibleBudget` says what could be met."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class HealPass(Pass):
+    """Trains what a plan changed against the dense model; resumable; bounded by steps."""
+
+    def heal(self, program: Program, dense: Program, ctx: Context) -> None:
+        raise NotImplementedError
+
+
+# --- backends
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far what a backend wrote is from the graph: the largest error relative to the largest output, per output."""
+
+    errors: dict[str, float]
+    tolerance: float
+    note: str = ""
+
+    @property
+    def worst(self) -> float:
+        return max(self.errors.values(), default=0.0)
+
+
+@dataclass(frozen=True)
+class Backend(Pass):
+    """Prices tensors, lowers a program into files, and proves that they compute what the graph does."""
+
+    suffixes: ClassVar[tuple[str, ...]] = ()
+
+    def unsupported(self, program: Program) -> list[str]:
+        """Why this program cannot be lowered, one sentence a reason; empty if it can."""
+        return []
+
+    def price(self, tensor: StoredTensor) -> int:
+        """Bytes on file of one stored tensor, with padding, scale dtype and unsupported widths counted."""
+        raise NotImplementedError
+
+    def overhead(self, program: Program) -> int:
+        """Bytes that belong to no tensor: the graph itself and its metadata."""
+        return 0
+
+    def lower(self, program: Program, path: Path, ctx: Context) -> Parity:
+        """Write the files, `path` the main one; run them; return the parity. A failure leaves no file."""
         raise NotImplementedError

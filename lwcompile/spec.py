@@ -1,4 +1,4 @@
-"""One-line specs, `name{key=value,key=value}`: how a pass and its options are written in YAML, on the command line and in plans.
+"""One-line specs, `name{key=value}`: how a pass and its options are written in YAML, on the command line and in plans.
 
 `Spec.parse(str(spec)) == spec` for every spec, so what a report prints can be pasted back into a recipe.
 """
