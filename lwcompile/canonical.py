@@ -1,11 +1,11 @@
 """The canonical form: exact rewrites that every capture goes through, so that passes see one spelling of each operation.
 
-    noise            assertions on metadata, dropout in eval, copies and full slices                -> gone
-    clone + view     `_unsafe_view(clone(x), s)`                                                    -> `reshape(x, s)`
-    casts            `to(...)` in its many spellings                                                -> `_to_copy(x, dtype=...)`
-    transposed       `addmm(b, x, W)`, `matmul(x, W)`, `mm(x, t(W))` with a stored W                -> `linear(x, W', b)`
-    rms_norm         `x * rsqrt(mean(x^2) + eps) * w` in any order, with or without casts and w     -> `rms_norm(x, [d], w, eps)`
-    constants        arithmetic that reads only stored tensors, as in a norm's `1 + w`              -> one stored tensor
+noise            assertions on metadata, dropout in eval, copies and full slices                -> gone
+clone + view     `_unsafe_view(clone(x), s)`                                                    -> `reshape(x, s)`
+casts            `to(...)` in its many spellings                                                -> `_to_copy(x, dtype=...)`
+transposed       `addmm(b, x, W)`, `matmul(x, W)`, `mm(x, t(W))` with a stored W                -> `linear(x, W', b)`
+rms_norm         `x * rsqrt(mean(x^2) + eps) * w` in any order, with or without casts and w     -> `rms_norm(x, [d], w, eps)`
+constants        arithmetic that reads only stored tensors, as in a norm's `1 + w`              -> one stored tensor
 """
 
 from __future__ import annotations
@@ -165,9 +165,7 @@ def _rms_eps(node: object, x: fx.Node) -> float | None:
     """The epsilon of `rsqrt(mean(x^2, -1, keepdim) + eps)`, or None if `node` is something else."""
     if not isinstance(node, fx.Node):
         return None
-    if node.target is aten.rsqrt.default:
-        total = node.args[0]
-    elif node.target is aten.pow.Tensor_Scalar and node.args[1] == -0.5:
+    if node.target is aten.rsqrt.default or (node.target is aten.pow.Tensor_Scalar and node.args[1] == -0.5):
         total = node.args[0]
     else:
         return None

@@ -161,9 +161,7 @@ def _input(node: fx.Node, dynamic: Dynamic) -> Input:
     value = node.meta["val"]
     sizes = tuple(int(s.node.hint) if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
     wished = dynamic.get(node.name, {})
-    free = {
-        d: wished.get(d, str(s.node.expr)) for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt)
-    }
+    free = {d: wished.get(d, str(s.node.expr)) for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt)}
     return Input(node.name, sizes, value.dtype, free)
 
 

@@ -1,8 +1,8 @@
 """`Program`: named entry points over one store, and its directory on disk.
 
-    program.json            entry points (nodes, names), task, configuration: JSON, no pickle
-    weights.safetensors     every tensor once, under its content key, memory-mapped when loaded
-    (tokenizer and configuration files of the source, copied as they were)
+program.json            entry points (nodes, names), task, configuration: JSON, no pickle
+weights.safetensors     every tensor once, under its content key, memory-mapped when loaded
+(tokenizer and configuration files of the source, copied as they were)
 """
 
 from __future__ import annotations

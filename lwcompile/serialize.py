@@ -19,8 +19,26 @@ from lwcompile.errors import BadInput, Refused
 
 _SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"operator.{name}": getattr(operator, name)
-    for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem", "eq", "ne", "lt", "le", "gt", "ge")
-    + ("pow", "and_", "or_", "not_")
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "floordiv",
+        "truediv",
+        "mod",
+        "neg",
+        "getitem",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "pow",
+        "and_",
+        "or_",
+        "not_",
+    )
 }
 _SIZE_FUNCTIONS |= {f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")}
 _SIZE_FUNCTIONS |= {f"builtins.{name}": getattr(builtins, name) for name in ("max", "min", "round", "abs")}
