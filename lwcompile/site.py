@@ -21,7 +21,9 @@ class Site:
         parent: the id of the site above, None at the top.
         entry: the entry point of the program that holds it.
         path: the module path as the tracer kept it, `""` if it kept none.
-        node: the name of its main node: the call of a linear, embedding or norm; the output of a sublayer's branch.
+        node: the name of its main node: the call of a linear, embedding or norm; the output of a sublayer's branch; the end of
+            a block.
+        skip, end: of sublayers and blocks: the residual stream's nodes before and after it.
         weight: the name of its main weight in the graph, None if it has none of its own.
         shape: of that weight, `[out, in]` for a linear, `[vocabulary, width]` for an embedding; `()` if none.
         parameters: numbers stored at or below this site.
@@ -33,6 +35,8 @@ class Site:
     entry: str = "forward"
     path: str = ""
     node: str = ""
+    skip: str = ""
+    end: str = ""
     weight: str | None = None
     shape: tuple[int, ...] = ()
     parameters: int = 0
