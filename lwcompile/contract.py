@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -203,8 +203,11 @@ class Solver(Pass):
 class Allocator(Pass):
     """Turns damages, costs, constraints and a budget into a plan."""
 
-    def allocate(self, table: OptionTable, budget: Budget) -> Plan:
-        """The plan of least predicted damage it finds under the budget; `InfeasibleBudget` says what could be met."""
+    def allocate(self, table: OptionTable, budget: Budget, oracle: Callable[[Plan], float] | None = None) -> Plan:
+        """The plan of least predicted damage it finds under the budget; `InfeasibleBudget` says what could be met.
+
+        `oracle` measures a whole plan's damage. Additive solvers do without: their plans are where a search starts.
+        """
         raise NotImplementedError
 
 
