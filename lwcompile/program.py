@@ -7,6 +7,7 @@ weights.safetensors     every tensor once, under its content key, memory-mapped 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ class Program:
     license: str | None = None
     assets: tuple[Path, ...] = ()
     remarks: tuple[str, ...] = ()
+    annotations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What analyses found: key -> site id -> score or damages. Per site and not per node, since a site outlives its nodes."""
 
     @property
     def main(self) -> ModelGraph:
@@ -42,7 +45,7 @@ class Program:
 
     def copy(self) -> Program:
         entries = {name: graph.copy() for name, graph in self.entries.items()}
-        return Program(entries, self.store, self.task, self.name, self.config, self.license, self.assets, self.remarks)
+        return dataclasses.replace(self, entries=entries, annotations=dict(self.annotations))
 
     def digest(self) -> str:
         names = sorted(self.entries)
