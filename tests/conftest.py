@@ -1,0 +1,25 @@
+"""Shared fixtures: real models where they can be had, tiny random ones everywhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_copy_of_every_class():
+    """`import passes` from the root would load every class a second time."""
+    yield
+    twice = sorted(name for name in sys.modules if name.split(".")[0] in ("passes", "backends"))
+    assert not twice, f"imported from the folder instead of through lwcompile: {twice}"
+
+
+@pytest.fixture(autouse=True)
+def runs_in_a_temporary_place(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("LWCOMPILE_RUNS", str(tmp_path_factory.mktemp("runs")))
