@@ -10,7 +10,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -254,14 +253,9 @@ def load_metric(text: str | Spec | Metric) -> Metric:
     if ":" in head:
         options = dict(Spec.parse(f"user{brace}{rest}").args)
         return _user_metric(head.strip(), options)
-    spec = Spec.parse(str(text))
-    known = {point.name: point for point in entry_points(group="lwcompile.metrics")}
-    if spec.name not in known:
-        raise BadPlan(f"there is no metric {spec.name!r}: known are {', '.join(sorted(known))}, or give module:function")
-    try:
-        return known[spec.name].load()(**dict(spec.args))
-    except TypeError as error:
-        raise BadPlan(f"the metric {spec}: {error}") from None
+    from lwcompile.registry import make
+
+    return make("metrics", text if isinstance(text, Spec) else Spec.parse(str(text)))
 
 
 def _user_metric(reference: str, options: dict[str, Any]) -> Metric:

@@ -282,7 +282,7 @@ def test_metrics_by_name_and_by_reference(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("ki", "no metric 'ki'"), ("kl{skip=true}", "kl"), ("feature_kl{pool=max}", "pool is auto"), ("kl{", "column")],
+    [("ki", "no metric is named 'ki'"), ("kl{skip=true}", "kl"), ("feature_kl{pool=max}", "pool"), ("kl{", "column")],
 )
 def test_unknown_metrics_are_one_sentence(text, message):
     with pytest.raises(BadPlan, match=message):
