@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from lwcompile.attention import canonical_masks, fold_grouped_queries
 from lwcompile.graph import ModelGraph, iterate_calls
 
 aten = torch.ops.aten
@@ -227,4 +228,6 @@ RULES: tuple[Callable[[ModelGraph], None], ...] = (
     whole_linears,
     whole_rms_norms,
     explicit_scales,
+    fold_grouped_queries,
+    canonical_masks,
 )

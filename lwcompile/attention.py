@@ -1,0 +1,270 @@
+"""Attention in one form: what each call attends to, with which heads, under which mask.
+
+grouped queries  keys and values expanded from fewer heads before the call      -> `enable_gqa=True` on the un-expanded ones
+masks            whatever subgraph computes which keys are open                 -> one formula (see `masks`), or `is_causal`
+sizes            batch and length read from the mask input                      -> read from the data, so that both may differ
+
+Exact: the expansion and each distinct mask are evaluated on probe inputs and compared with what replaces them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from lwcompile.graph import ModelGraph, iterate_calls
+from lwcompile.masks import Formula, MaskRule, build, recognise
+from lwcompile.probe import evaluate, sizes_at, symbols, value_inputs, zeros
+
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+_SLOTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+def slots(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an attention call by name."""
+    given = dict(zip(_SLOTS, node.args)) | dict(node.kwargs)
+    return {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False} | given
+
+
+def set_slots(node: fx.Node, **changes: Any) -> None:
+    """Rewrite an attention call; arguments at their defaults are left out."""
+    given = slots(node) | changes
+    node.args = (given["query"], given["key"], given["value"], *([given["attn_mask"]] if given["attn_mask"] is not None else []))
+    defaults = {"dropout_p": 0.0, "is_causal": False, "enable_gqa": False, "scale": None}
+    node.kwargs = {name: given[name] for name, default in defaults.items() if given[name] != default}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention call. Shapes: query [B, heads, S, d], key [B, kv_heads, T, d], value [B, kv_heads, T, value_width].
+
+    kind: "self" if keys come from the stream that asks, "cross" if from another input.
+    mask: the rule it follows, or None where the mask follows no rule that is known (`bias` is its node).
+    """
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    heads: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+    kind: Literal["self", "cross"]
+    mask: MaskRule | None
+    bias: fx.Node | None
+
+
+def find_attentions(graph: ModelGraph) -> list[Attention]:
+    """Every attention call, in order. Needs `meta["val"]`. Each distinct mask is evaluated once."""
+    reads = value_inputs(graph)
+    streams = _stream_inputs(graph)
+    rules: dict[fx.Node, MaskRule | None] = {}
+    found = []
+    for node in iterate_calls(graph, SDPA):
+        given = slots(node)
+        query, key, value, mask = (given[name] for name in _SLOTS[:4])
+        if mask is not None and mask not in rules:
+            rules[mask] = recognise(graph, mask, reads)
+        rule = MaskRule(bool(given["is_causal"])) if mask is None else rules[mask]
+        own = (reads[query] & streams) <= reads[key]
+        q, k, v = (n.meta["val"].shape for n in (query, key, value))
+        found.append(Attention(node, query, key, value, q[1], k[1], k[3], v[3], "self" if own else "cross", rule, mask))
+    return found
+
+
+def _stream_inputs(graph: ModelGraph) -> set[str]:
+    """Inputs that become hidden states: floating-point ones, and integers that look rows up in a table."""
+    found = {i.name for i in graph.inputs if i.dtype.is_floating_point}
+    reads = value_inputs(graph)
+    for node in iterate_calls(graph, aten.embedding.default):
+        found |= reads[node.args[1]]  # type: ignore[index]
+    return found
+
+
+# --- grouped queries
+
+_LAYOUT = (
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.reshape.default,
+    aten.view.default,
+    aten.slice.Tensor,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.repeat.default,
+    aten.repeat_interleave.self_int,
+    aten.clone.default,
+    aten.flatten.using_ints,
+)
+
+
+def fold_grouped_queries(graph: ModelGraph) -> None:
+    """Let attention read keys and values of fewer heads than queries without repeating them first."""
+    for node in list(iterate_calls(graph, SDPA)):
+        given = slots(node)
+        heads = given["query"].meta["val"].shape[1]
+        if given["enable_gqa"] or given["key"].meta["val"].shape[1] != heads:
+            continue
+        for key, key_swapped in _narrower(graph, given["key"], heads):
+            count = key.meta["val"].shape[2 if key_swapped else 1]
+            values = ((v, s) for v, s in _narrower(graph, given["value"], heads) if v.meta["val"].shape[2 if s else 1] == count)
+            if (value := next(values, None)) is None:
+                continue
+            with graph.graph.inserting_before(node):
+                narrow = [_heads_first(graph, n, swapped) for n, swapped in ((key, key_swapped), value)]
+            set_slots(node, key=narrow[0], value=narrow[1], enable_gqa=True)
+            break
+
+
+def _heads_first(graph: ModelGraph, node: fx.Node, swapped: bool) -> fx.Node:
+    if not swapped:
+        return node
+    call = graph.graph.call_function(aten.transpose.int, (node, 1, 2))
+    call.meta |= {"path": node.meta.get("path", ""), "val": node.meta["val"].transpose(1, 2)}
+    return call
+
+
+def _narrower(graph: ModelGraph, full: fx.Node, heads: int) -> Iterator[tuple[fx.Node, bool]]:
+    """Nodes that `full` repeats each head of, nearest first, and whether their heads stand after the length."""
+    batch, _, length, width = full.meta["val"].shape
+    node = full
+    while node.op == "call_function" and node.target in _LAYOUT:
+        node = node.all_input_nodes[0]
+        shape = tuple(node.meta["val"].shape)
+        for swapped in (False, True):
+            count = shape[2 if swapped else 1] if len(shape) == 4 else 0
+            wanted = (batch, length, count, width) if swapped else (batch, count, length, width)
+            if (
+                0 < count < heads
+                and heads % count == 0
+                and shape == wanted
+                and _repeats(graph, full, node, heads // count, swapped)
+            ):
+                yield node, swapped
+
+
+def _repeats(graph: ModelGraph, full: fx.Node, source: fx.Node, times: int, swapped: bool) -> bool:
+    """Whether `full` is `source` with each head repeated, at two other sizes."""
+    shape = source.meta["val"].shape
+    axis = 1 if swapped else 2
+    for batch, length in ((3, 5), (1, 4)):
+        sizes = sizes_at(graph, batch, length)
+        matches = False
+        for b in {*(sizes[s] for s in symbols(graph)[0]), shape[0]}:
+            for t in {*sizes.values(), shape[axis]}:
+                trial = list(shape)
+                trial[0], trial[axis] = b, t
+                numbers = torch.arange(torch.Size(trial).numel(), dtype=torch.float32).reshape(trial)
+                try:
+                    expanded = evaluate(graph, full, {**zeros(graph, sizes), source: numbers})
+                except (RuntimeError, ValueError, TypeError):
+                    continue
+                wanted = (numbers.transpose(1, 2) if swapped else numbers).repeat_interleave(times, dim=1)
+                matches = matches or torch.equal(expanded, wanted)
+        if not matches:
+            return False
+    return True
+
+
+# --- masks and sizes
+
+
+def canonical_masks(graph: ModelGraph) -> None:
+    """Write every mask that follows a rule as the rule's formula, and read sizes from the data."""
+    calls = list(iterate_calls(graph, SDPA))
+    if not calls:
+        return
+    reads = value_inputs(graph)
+    for mask in dict.fromkeys(slots(node)["attn_mask"] for node in calls):
+        if mask is None or (rule := recognise(graph, mask, reads)) is None:
+            continue
+        if (sizes := _size_nodes(graph, mask, rule, calls[0])) is None:
+            continue
+        queries, keys = sizes
+        users = [node for node in mask.users if node.target is SDPA and slots(node)["attn_mask"] is mask]
+        whole = rule == MaskRule(True) and queries is keys
+        formula = None if whole else build(Formula(graph, calls[0]), rule, queries, keys)
+        if formula is not None and "val" not in formula.meta:
+            formula.meta["val"] = mask.meta["val"]
+        for node in users:
+            set_slots(node, attn_mask=formula, is_causal=whole)
+    graph.prune()
+    _sizes_from_data(graph)
+
+
+def _size_nodes(graph: ModelGraph, mask: fx.Node, rule: MaskRule, before: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The nodes of S and T: T from the padding input, S from the first other input that is as long as the mask has rows."""
+    sizes = sizes_at(graph, 3, 37)
+    shape = evaluate(graph, mask, zeros(graph, sizes)).shape
+    call, nodes = Formula(graph, before), graph.input_nodes()
+    places = [
+        (nodes[i.name], d, sizes[s]) for i in graph.inputs for d, s in i.dynamic.items() if d > 0 and i.name != rule.padding
+    ]
+    query = next(((node, d) for node, d, size in places if size == shape[-2]), None)
+    if query is None and (rule.causal or rule.window is not None):
+        return None
+    if rule.padding is not None:
+        keys = call.size(nodes[rule.padding], 1)
+    elif (key := next(((node, d) for node, d, size in places if size == shape[-1]), None)) is not None:
+        keys = call.size(*key)
+    else:
+        return None
+    return (call.size(*query) if query else keys), keys
+
+
+def mask_only(graph: ModelGraph) -> set[fx.Node]:
+    """Nodes that nothing but attention masks reads."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.graph.nodes):
+        if node.op == "call_function" and node.users:
+            uses = (user in found or (user.target is SDPA and _reads_as_mask_only(user, node)) for user in node.users)
+            if all(uses):
+                found.add(node)
+    return found
+
+
+def _reads_as_mask_only(call: fx.Node, node: fx.Node) -> bool:
+    given = slots(call)
+    return given["attn_mask"] is node and node not in (given["query"], given["key"], given["value"])
+
+
+def _sizes_from_data(graph: ModelGraph) -> None:
+    """Read each size once, just behind the inputs; outside masks, from the data where the mask input shares it."""
+    reads = value_inputs(graph)
+    masks = {name for node in iterate_calls(graph, SDPA) if (m := slots(node)["attn_mask"]) is not None for name in reads[m]}
+    closed, nodes = mask_only(graph), graph.input_nodes()
+    given = {nodes[i.name]: i for i in graph.inputs}
+    made: dict[tuple[str, int], fx.Node] = {}
+    last = next(iter(graph.graph.nodes))
+    for node in graph.graph.nodes:
+        if node.target is aten.sym_size.int and node.args[0] in given:
+            made[str(node.args[0].target), node.args[1]] = node
+        elif node.op == "call_function":
+            break
+        last = node
+
+    def size(name: str, dim: int) -> fx.Node:
+        nonlocal last
+        if (name, dim) not in made:
+            with graph.graph.inserting_after(last):
+                made[name, dim] = last = graph.graph.call_function(aten.sym_size.int, (nodes[name], dim))
+            last.meta["val"] = nodes[name].meta["val"].shape[dim]
+        return made[name, dim]
+
+    for node in list(iterate_calls(graph, aten.sym_size.int)):
+        source, dim = node.args
+        if (i := given.get(source)) is None:  # type: ignore[arg-type]
+            continue
+        places = [(i.name, dim)]
+        if i.name in masks and dim in i.dynamic:
+            data = (j for j in graph.inputs if j.name not in masks)
+            places = [(j.name, d) for j in data for d, s in j.dynamic.items() if s == i.dynamic[dim]] + places  # type: ignore[index]
+        node.replace_all_uses_with(size(*places[0]), delete_user_cb=lambda user: user not in closed)  # type: ignore[arg-type]
+        node.replace_all_uses_with(size(*places[-1]))  # type: ignore[arg-type]
+    graph.prune()

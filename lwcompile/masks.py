@@ -1,0 +1,209 @@
+"""Attention masks, recognised by what they let through and rebuilt in one formula.
+
+before: whatever subgraph a model's library traced, for as many queries as keys
+after:  allowed[b, 0, i, j] = (j <= i + T - S) & (i + T - S - j < window) & padding[b, j]
+        with T = padding.shape[1] keys and S = input.shape[1] queries, so that one graph serves prefill (T = S) and
+        decoding (T > S: the queries are the last S positions)
+cost:   a handful of evaluations of each distinct mask at sizes below about 60 (below 1100 for a long window)
+refuses: masks that are neither boolean nor 0 / very negative (ALiBi, relative position biases), and patterns that none of
+        the hypotheses reproduces on every probe; these stay as they are
+
+A mask is evaluated with several sizes and with left, right and scattered padding, and must equal the hypothesis on each.
+Rows of an additive mask in which nothing is allowed are not compared: softmax makes them a mean over everything, they belong
+to padding, and no other row reads them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lwcompile.graph import ModelGraph
+from lwcompile.probe import ancestors, evaluate, sizes_at, zeros
+
+aten = torch.ops.aten
+_DIRECT = 1024  # windows up to this size are probed as they are; longer ones through smaller stand-ins
+_STAND_INS = (5, 8, 13)
+_CLOSED = -1e4  # an additive mask at or below this leaves exactly nothing after softmax in float32
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """Which of the T keys each of the last S positions may read.
+
+    causal: none after its own. window: none `window` or more away. padding: none where this input, [batch, T], is 0.
+    """
+
+    causal: bool
+    window: int | None = None
+    padding: str | None = None
+
+    def allowed(self, queries: int, keys: int, padding: Tensor | None = None) -> Tensor:
+        """The rule as a boolean tensor [batch or 1, 1, queries, keys]: the reference that masks are compared with."""
+        distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+        open_ = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+        if self.window is not None:
+            open_ = open_ & (distance.abs() < self.window)
+        if self.padding is None or padding is None:
+            return open_[None, None]
+        return open_ & padding.bool()[:, None, None, :]
+
+
+@dataclass(frozen=True)
+class _Probe:
+    value: Tensor
+    padding: Tensor | None
+
+    def matches(self, rule: MaskRule) -> bool:
+        """Whether the mask lets through what the rule does."""
+        value = self.value
+        queries, keys = value.shape[-2:]
+        wanted = rule.allowed(queries, keys, self.padding)
+        if value.dtype == torch.bool:
+            return torch.equal(*torch.broadcast_tensors(value, wanted))
+        value, wanted = torch.broadcast_tensors(value, wanted)
+        rows = wanted.any(-1, keepdim=True).expand_as(wanted)
+        return bool(torch.where(wanted, value == 0, value <= _CLOSED)[rows].all())
+
+
+def recognise(graph: ModelGraph, mask: fx.Node, reads: dict[fx.Node, frozenset[str]]) -> MaskRule | None:
+    """The rule a mask follows at every size, or None if no hypothesis reproduces it."""
+    padding = next(iter(reads[mask]), None)
+    if len(reads[mask]) > 1 or (padding and len(next(i for i in graph.inputs if i.name == padding).shape) != 2):
+        return None
+    try:
+        return _recognise(graph, mask, padding)
+    except (RuntimeError, IndexError, ValueError, TypeError):  # a mask that does not run at other sizes follows no rule
+        return None
+
+
+def _recognise(graph: ModelGraph, mask: fx.Node, padding: str | None) -> MaskRule | None:
+    numbers = _integers(mask)
+    near = max((n for n in numbers if n <= _DIRECT), default=0)
+    far = [n for n in numbers if n > _DIRECT]
+    if len(far) > 1:
+        return None
+    if not far:
+        return _infer(graph, mask, padding, max(24, near + 9), {})
+    rules = [_infer(graph, mask, padding, max(24, near + 9), {far[0]: n}) for n in _STAND_INS]
+    first = rules[0]
+    if first is None or any(rule is None for rule in rules):
+        return None
+    if first.window is None:
+        return first if all(rule == first for rule in rules) else None
+    offset = first.window - _STAND_INS[0]
+    if rules != [MaskRule(first.causal, n + offset, first.padding) for n in _STAND_INS]:
+        return None
+    return MaskRule(first.causal, far[0] + offset, first.padding)
+
+
+def _integers(mask: fx.Node) -> set[int]:
+    """Integers that a mask compares or subtracts positions with, such as a window."""
+    arithmetic = ("sub", "add", "rsub", "le", "lt", "ge", "gt", "mul", "div", "floor_divide", "remainder", "__and__")
+    found: set[int] = set()
+    for node in ancestors(mask):
+        if node.op == "call_function" and str(node.target).removeprefix("aten.").split(".")[0] in arithmetic:
+            found |= {abs(a) for a in node.args if type(a) is int and 1 < abs(a) < 1 << 40}
+    return found
+
+
+def _infer(graph: ModelGraph, mask: fx.Node, padding: str | None, largest: int, constants: dict[int, int]) -> MaskRule | None:
+    probes = list(_probes(graph, mask, padding, largest, constants))
+    if any(p.value.dim() not in (2, 4) or p.value.dtype not in (torch.bool, torch.float32) for p in probes):
+        return None
+    return next((rule for rule in _hypotheses(probes[0].value, padding) if all(p.matches(rule) for p in probes)), None)
+
+
+def _probes(graph: ModelGraph, mask: fx.Node, padding: str | None, largest: int, constants: dict[int, int]) -> Iterator[_Probe]:
+    """The mask at several sizes: first the largest without padding, then all paddings."""
+    signs = {sign: value for n, value in constants.items() for sign, value in ((n, value), (-n, -value))}
+    for batch, length in ((1, largest), (3, 12), (3, 7), (2, 5), (1, 6), (1, 1)):
+        feeds = zeros(graph, sizes_at(graph, batch, length))
+        given = None
+        if padding is not None:
+            node = graph.input_nodes()[padding]
+            given = feeds[node] = _padding(feeds[node].shape, first=length == largest).to(feeds[node].dtype)
+        yield _Probe(evaluate(graph, mask, feeds, signs), given)
+
+
+def _padding(shape: torch.Size, first: bool) -> Tensor:
+    """1 where a token stands: everywhere, or rows padded left, right and in scattered places."""
+    mask = torch.ones(tuple(shape), dtype=torch.int64)
+    if first:
+        return mask
+    length = shape[1]
+    for row in range(shape[0]):
+        if row % 3 == 0:
+            mask[row, : length // 3] = 0
+        elif row % 3 == 1:
+            mask[row, length - length // 3 :] = 0
+        else:
+            mask[row] = torch.rand(length, generator=torch.Generator().manual_seed(length)) < 0.6
+    return mask
+
+
+def _hypotheses(value: Tensor, padding: str | None) -> Iterator[MaskRule]:
+    """Rules to try, from the largest probe without padding."""
+    open_ = value.reshape(-1, *value.shape[-2:])[0]
+    open_ = open_ if open_.dtype == torch.bool else open_ == 0
+    last = int(open_[-1].sum())
+    windows = (None,) if last == open_.shape[-1] else (last,)
+    for name in (padding, None) if padding else (None,):
+        for window in windows:
+            yield MaskRule(True, window, name)
+            yield MaskRule(False, window, name)
+
+
+class Formula:
+    """Adds calls before a node, reusing equal ones that stand before it already, so that building twice changes nothing."""
+
+    def __init__(self, graph: ModelGraph, before: fx.Node) -> None:
+        self.graph, self.before = graph, before
+        self._known: dict[Any, fx.Node] = {}
+        for node in graph.graph.nodes:
+            if node is before:
+                break
+            if node.op == "call_function":
+                self._known.setdefault(self._key(node.target, node.args, node.kwargs), node)
+
+    @staticmethod
+    def _key(target: object, args: object, kwargs: object) -> tuple[object, str, str]:
+        return target, repr(args), repr(kwargs)
+
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        key = self._key(target, args, kwargs)
+        if key not in self._known:
+            with self.graph.graph.inserting_before(self.before):
+                self._known[key] = self.graph.graph.call_function(target, args, kwargs)
+        return self._known[key]
+
+    def size(self, node: fx.Node, dim: int) -> fx.Node:
+        return self(aten.sym_size.int, node, dim)
+
+
+def build(call: Formula, rule: MaskRule, queries: fx.Node, keys: fx.Node) -> fx.Node | None:
+    """The canonical mask of a rule for size nodes S and T: [S, T] or, with padding, [batch, 1, S or 1, T]; None if all open."""
+    mask: fx.Node | None = None
+    if rule.causal or rule.window is not None:
+        start = call(operator.sub, keys, queries)
+        position = call(aten.unsqueeze.default, call(aten.arange.start, start, keys), 1)
+        key = call(aten.arange.default, keys)
+        if rule.causal:
+            mask = call(aten.le.Tensor, key, position)
+        if rule.window is not None:
+            distance = call(aten.sub.Tensor, position, key)
+            distance = distance if rule.causal else call(aten.abs.default, distance)
+            near = call(aten.lt.Scalar, distance, rule.window)
+            mask = near if mask is None else call(aten.logical_and.default, mask, near)
+    if rule.padding is None:
+        return mask
+    padding = call.graph.input_nodes()[rule.padding]
+    dtype = next(i.dtype for i in call.graph.inputs if i.name == rule.padding)
+    open_ = padding if dtype == torch.bool else call(aten._to_copy.default, padding, dtype=torch.bool)
+    open_ = call(aten.unsqueeze.default, call(aten.unsqueeze.default, open_, 1), 1)
+    return open_ if mask is None else call(aten.logical_and.default, mask, open_)
