@@ -72,15 +72,22 @@ class Manager:
         except VerificationError as error:
             raise VerificationError(f"the analysis {name} edited the program behind the framework's back: {error}") from error
 
-    def transform(self, program: Program, steps: Sequence[Step]) -> list[Step]:
+    def transform(
+        self,
+        program: Program,
+        steps: Sequence[Step],
+        began: Callable[[Program], None] | None = None,
+        each: Callable[[Step], None] | None = None,
+    ) -> list[Step]:
         """Apply transforms at sites, in order, as one transaction; returns the steps that were done.
 
         A refused step is remarked and passed over. Anything else that goes wrong raises, and `program` is what it was.
+        `began` sees the draft before the first step, `each` every step once it is done.
         """
         for _, transform in steps:
             self._require(program, transform)
         started = time.perf_counter()
-        draft, done = self._draft(program, list(steps))
+        draft, done = self._draft(program, list(steps), began, each)
         sites = [site for site, _ in done]
         self._named(done, lambda: _verify(program, draft, sites))
         if done and all(transform.exact for _, transform in done):
@@ -94,9 +101,17 @@ class Manager:
         self.seconds[label] = self.seconds.get(label, 0.0) + time.perf_counter() - started
         return done
 
-    def _draft(self, program: Program, steps: list[Step]) -> tuple[Program, list[Step]]:
+    def _draft(
+        self,
+        program: Program,
+        steps: list[Step],
+        began: Callable[[Program], None] | None,
+        each: Callable[[Step], None] | None,
+    ) -> tuple[Program, list[Step]]:
         """A copy with the steps applied. A step refused after `check` may have left edits: the draft is made anew without it."""
         draft, done = program.copy(), []
+        if began is not None:
+            began(draft)
         for step in steps:
             site, transform = step
             graph = draft.entries[site.entry]
@@ -109,13 +124,15 @@ class Manager:
                 transform.apply(graph, site, self.ctx)
             except Refused as refusal:
                 self.ctx.remark(transform.name, site.id, "refused", refusal.reason)
-                return self._draft(program, [s for s in steps if s is not step])
+                return self._draft(program, [s for s in steps if s is not step], began, each)
             except LwError:
                 raise
             except Exception as error:
                 where = f"the transform {transform.spec()} ({type(transform).__module__}) failed at {site.id}"
                 raise PluginError(f"{where}: {_say(error)}") from error
             done.append(step)
+            if each is not None:
+                each(step)
         return draft, done
 
     def _named(self, done: Sequence[Step], check: Callable[[], None]) -> None:

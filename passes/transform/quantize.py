@@ -75,7 +75,8 @@ class Quantize(TransformPass):
         if site.weight not in graph.tensors:  # a tied site was quantized first, and this one with it
             return
         reads = graph.uses(site.weight)
-        packed = ctx.once(("quantize", graph.tensors[site.weight], str(self.spec())), lambda: self._solve(graph, site, ctx))
+        token = ("quantize", site.id, graph.tensors[site.weight], str(self.spec()))
+        packed = ctx.solved(token, lambda: self._solve(graph, site, ctx))
         names = {part: f"{site.weight}.{part}" for part in packed}
         for part, tensor in packed.items():
             graph.set_tensor(names[part], tensor)

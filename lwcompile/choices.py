@@ -1,0 +1,124 @@
+"""From a recipe to the table: which options stand at which sites, what each costs, and the damage the analyses found.
+
+Bytes are the backend's own: a weight is priced as the backend would store it under the option, a sublayer by what it holds beside
+its weights (norms, biases), and everything that no site owns is fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lwcompile.contract import Backend, Damage, StoredTensor, TransformPass
+from lwcompile.errors import Refused
+from lwcompile.program import Program
+from lwcompile.recipe import Recipe
+from lwcompile.registry import make
+from lwcompile.site import SUBLAYER_KINDS, Site
+from lwcompile.spec import KEEP, Spec
+from lwcompile.structure import Structure
+from lwcompile.table import Choice, Group, OptionTable, SiteRow
+
+Damages = Mapping[str, Mapping[Spec, Damage]]
+"""Site id -> option -> damage, as analyses found it."""
+
+
+@dataclass
+class Offer:
+    """The options on offer at each site, the transforms behind them, and the refusals with their reasons."""
+
+    options: dict[str, list[Spec]] = field(default_factory=dict)
+    refused: dict[tuple[str, Spec], str] = field(default_factory=dict)
+    transforms: dict[Spec, TransformPass] = field(default_factory=dict)
+
+
+def offer(program: Program, structure: Structure, recipe: Recipe) -> Offer:
+    """Every option of the recipe at every site it names; what a transform's `check` refuses is kept with the reason."""
+    made = Offer()
+    for site in structure.sites.values():
+        graph = program.entries[site.entry]
+        for spec in recipe.offered(site.id, site.kind):
+            if spec == KEEP:
+                continue
+            if spec not in made.transforms:
+                made.transforms[spec] = make("passes", spec)
+            transform = made.transforms[spec]
+            try:
+                if not transform.sites([site]):
+                    raise Refused(f"{spec.name} does not apply to a site of kind {site.kind}", site=site.id)
+                transform.check(graph, site)
+            except Refused as refusal:
+                made.refused[site.id, spec] = refusal.reason
+                continue
+            made.options.setdefault(site.id, []).append(spec)
+    return made
+
+
+def groups_of(structure: Structure) -> list[Group]:
+    """Sites that carry one option: what a runtime fuses, and what reads one tensor."""
+    fused = [Group(ids[0], ids, "fused") for ids in structure.fused]
+    return fused + [Group(ids[0], ids, "tied") for ids in structure.tied]
+
+
+def build_table(
+    program: Program, structure: Structure, made: Offer, damages: Damages, backend: Backend, unit: str
+) -> OptionTable:
+    """Price and score every offered option. One that no analysis scored is refused, with that as the reason."""
+    named = {s.parent for s in structure.sites.values() if s.id in made.options or _refusals(made, s.id)}
+    wanted = {id for id in (*made.options, *named) if id is not None}
+    wanted |= {s.id for s in structure.sites.values() if s.kind in ("linear", "embedding", "block", *SUBLAYER_KINDS)}
+    wanted |= {p for id in list(wanted) if (p := structure.sites[id].parent) is not None}
+    rows: dict[str, SiteRow] = {}
+    for site in structure.sites.values():
+        if site.id in wanted:
+            rows[site.id] = _row(program, structure, site, made, damages, backend)
+    weights = {(s.entry, program.entries[s.entry].tensors[s.weight]): s for s in _weight_sites(structure, rows)}
+    owned = sum(rows[s.id].dense_bytes for s in weights.values())
+    beside = sum(rows[s.id].dense_bytes for s in structure.sites.values() if s.id in rows and s.kind in SUBLAYER_KINDS)
+    everything = sum(_dense_price(backend, program, key) for key in program.keys())
+    fixed = max(0, everything - owned - beside) + backend.overhead(program)
+    groups = [g for g in groups_of(structure) if all(id in rows for id in g.sites)]
+    return OptionTable(unit, program.parameter_count(), rows, tuple(groups), fixed)
+
+
+def _weight_sites(structure: Structure, rows: Mapping[str, SiteRow]) -> list[Site]:
+    return [s for s in structure.sites.values() if s.id in rows and s.kind in ("linear", "embedding") and s.weight]
+
+
+def _refusals(made: Offer, id: str) -> bool:
+    return any(site == id for site, _ in made.refused)
+
+
+def _dense_price(backend: Backend, program: Program, key: str) -> int:
+    dtype = str(program.store.dtype(key)).removeprefix("torch.")
+    return backend.price(StoredTensor(program.store.shape(key), None, dtype))
+
+
+def _row(program: Program, structure: Structure, site: Site, made: Offer, damages: Damages, backend: Backend) -> SiteRow:
+    graph = program.entries[site.entry]
+    if site.kind in ("linear", "embedding") and site.weight is not None:
+        dense = _dense_price(backend, program, graph.tensors[site.weight])
+    elif site.kind in SUBLAYER_KINDS:
+        below = [s for s in structure.children(site.id) if s.kind in ("linear", "embedding")]
+        dense = max(0, 4 * (site.parameters - sum(s.shape[0] * s.shape[1] for s in below)))
+    else:
+        dense = 0
+    choices = [Choice(KEEP, 0.0, dense)]
+    for spec in made.options.get(site.id, ()):
+        transform = made.transforms[spec]
+        stored = sum(backend.price(t) for t in transform.stored(graph, site))
+        found = damages.get(site.id, {}).get(spec)
+        if found is None:
+            choices.append(Choice(spec, 0.0, stored, refused="no analysis scored it", silences=transform.silences))
+            continue
+        spread = (found.high - found.low) / 3.92 if found.high == found.high else 0.0
+        choices.append(Choice(spec, found.value, stored, spread, silences=transform.silences))
+    for (id, spec), reason in made.refused.items():
+        if id == site.id:
+            choices.append(Choice(spec, 0.0, dense, refused=reason))
+    return SiteRow(site.id, site.parent, site.kind, site.parameters, dense, tuple(choices))
+
+
+def dense_bytes(program: Program, backend: Backend) -> int:
+    """What the dense program would store on this backend."""
+    return sum(_dense_price(backend, program, key) for key in program.keys()) + backend.overhead(program)
