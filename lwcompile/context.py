@@ -1,0 +1,296 @@
+"""What a pass may ask for: samples, activations, the metric, pricing, options, progress, remarks, and a place for results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from lwcompile.contract import Backend, Pass, TransformPass
+from lwcompile.errors import BadInput, InternalError
+from lwcompile.progress import Progress, SilentProgress
+from lwcompile.rundir import code_hash, content_key, versions
+from lwcompile.site import SUBLAYER_KINDS, Site
+from lwcompile.spec import Spec
+from lwcompile.table import Group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lwcompile.data import CalibrationSet
+    from lwcompile.graph import ModelGraph
+    from lwcompile.metric import Metric
+    from lwcompile.program import Program
+    from lwcompile.stats import InputStats
+    from lwcompile.structure import Structure
+
+
+# --- remarks, results
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What a pass did, refused or noticed, where, and the figures that go with it."""
+
+    by: str
+    site: str
+    kind: Literal["did", "refused", "note"]
+    text: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+class Results(Protocol):
+    """Where computed results lie, by content key: a run directory, or nothing."""
+
+    def get(self, key: str) -> dict[str, Any] | None: ...
+    def put(self, key: str, value: dict[str, Any]) -> None: ...
+    def get_tensors(self, key: str) -> dict[str, Tensor] | None: ...
+    def put_tensors(self, key: str, value: dict[str, Tensor]) -> None: ...
+
+
+class Prefix(Protocol):
+    """Input statistics of layers in a program whose earlier layers are compressed already."""
+
+    def stats(self, site: Site) -> InputStats | None: ...
+
+
+# --- the context
+
+
+@dataclass
+class Context:
+    """What passes share in one run.
+
+    Attributes:
+        options: the options on offer at each site, by site id; analyses that price options take them from here.
+        groups: sites that carry one option together; by default the structure's fused and tied ones.
+        rundir: results by content key; None computes everything anew.
+        workdir: takes the activations that do not fit in `memory` bytes; a temporary folder if None.
+        program: the dense program, whose activations solvers see unless `stats` holds others (of a compressed prefix, say).
+        batch_size: samples that run through the model together.
+        prefix: the inputs of layers behind already compressed ones, while a plan is applied.
+        scope: content key of what `solved` results depend on beside their own token.
+    """
+
+    calibration: CalibrationSet | None = None
+    evaluation: CalibrationSet | None = None
+    metric: Metric | None = None
+    backend: Backend | None = None
+    structure: Structure | None = None
+    options: Mapping[str, Sequence[Spec]] = field(default_factory=dict)
+    groups: Sequence[Group] | None = None
+    seed: int = 0
+    device: str = "cpu"
+    batch_size: int = 4
+    memory: int = 2 << 30
+    progress: Progress = field(default_factory=SilentProgress)
+    remarks: list[Remark] = field(default_factory=list)
+    rundir: Results | None = None
+    workdir: Path | None = None
+    program: Program | None = None
+    stats: dict[str, InputStats | None] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
+    prefix: Prefix | None = None
+    scope: str = ""
+
+    # --- what was given
+
+    def need_metric(self) -> Metric:
+        if self.metric is None:
+            raise BadInput("this needs a metric to count damage in, and none was given: name one with --metric")
+        return self.metric
+
+    def need_calibration(self) -> CalibrationSet:
+        if self.calibration is None:
+            raise BadInput("this needs samples to run the model on, and none were given: name some with --dataset")
+        return self.calibration
+
+    def find_structure(self, program: Program) -> Structure:
+        """The program's blocks and sites, found once."""
+        if self.structure is None:
+            from lwcompile.structure import find_structure
+
+            self.structure = find_structure(program)
+        return self.structure
+
+    def children(self, site: Site) -> list[Site]:
+        if self.structure is None:
+            raise InternalError("the context has no structure yet; call find_structure first")
+        return self.structure.children(site.id)
+
+    def remark(self, by: str, site: str, kind: Literal["did", "refused", "note"], text: str, **numbers: float) -> None:
+        self.remarks.append(Remark(by, site, kind, text, numbers))
+
+    def once(self, token: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, or what it made before under this token in this run."""
+        if token not in self.memo:
+            self.memo[token] = make()
+        return self.memo[token]
+
+    def solved(self, token: Any, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors made once under this token in this run; kept in the run directory too where `scope` names what they rest on."""
+        if token in self.memo:
+            return self.memo[token]
+        key = content_key(self.scope, token) if self.scope and self.rundir is not None else None
+        found = self.rundir.get_tensors(key) if key is not None and self.rundir is not None else None
+        if found is None:
+            found = make()
+            if key is not None and self.rundir is not None:
+                self.rundir.put_tensors(key, found)
+        self.memo[token] = found
+        return found
+
+    # --- samples and activations
+
+    def batches(
+        self, program: Program | ModelGraph, *, samples: int | None = None, tokens: int | None = None, size: int | None = None
+    ) -> list[dict[str, Tensor]]:
+        """The calibration samples as the program's inputs, `size` at a time: the first `samples`, or about `tokens` tokens."""
+        from lwcompile.executor import Executor
+
+        given = self.need_calibration()
+        if tokens is not None:
+            samples = max(1, round(tokens * len(given) / given.tokens))
+        chosen = given if samples is None else given.take(samples)
+        return list(chosen.batches(size or self.batch_size, Executor(program).inputs()))
+
+    def probes(self, graph: ModelGraph, rows: int = 2) -> list[list[Tensor]]:
+        """Inputs of one entry, in order, for comparing two versions of it: samples, or noise where an input has none."""
+        import torch
+
+        if self.calibration is not None:
+            try:
+                given = self.calibration.inputs_for([i.name for i in graph.inputs], slice(0, rows))
+                return [[given[i.name] for i in graph.inputs]]
+            except BadInput:  # a decoder's inputs from its encoder are no samples
+                pass
+        generator = torch.Generator().manual_seed(self.seed)
+        made = []
+        for i in graph.inputs:
+            if i.dtype.is_floating_point:
+                made.append(torch.randn(i.shape, generator=generator, dtype=i.dtype))
+            else:
+                full = i.dtype == torch.bool or i.name.endswith("mask")
+                noise = torch.ones(i.shape) if full else torch.randint(0, 2, i.shape, generator=generator)
+                made.append(noise.to(i.dtype))
+        return [made]
+
+    def activations(
+        self, program: Program | ModelGraph, sites: Iterable[Site], tokens: int | None = None
+    ) -> Iterator[tuple[Site, Tensor]]:
+        """(site, x [tokens, features]) in the order in which the program runs: what each layer is fed.
+
+        For a sublayer or block, x is the residual stream before it. All sites cost one pass over the model together. Where
+        the caller edits the program between two sites, the later one sees what the edited earlier layers put out.
+        """
+        import torch
+
+        for site, _, parts in self._inputs(program, sites, tokens):
+            yield site, torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+    def input_stats(
+        self, program: Program | ModelGraph, sites: Iterable[Site], tokens: int | None = None
+    ) -> dict[str, InputStats]:
+        """Second moments of what each linear is fed, by site id; sites fed the same tensor share one object."""
+        from lwcompile.stats import InputStats
+
+        made: dict[str, InputStats] = {}
+        by_source: dict[str, InputStats] = {}
+        for site, source, parts in self._inputs(program, sites, tokens):
+            if source not in by_source:
+                by_source[source] = InputStats(parts[0].shape[-1], device=parts[0].device)
+                for part in parts:
+                    by_source[source].update(part)
+            made[site.id] = by_source[source]
+        return made
+
+    def stats_of(self, graph: ModelGraph, site: Site) -> InputStats | None:
+        """What a solver may know of a weight's inputs: `stats` where it was put there, else of the dense program's, all at once.
+
+        While a plan is applied, a linear's inputs are those that the compressed layers before it put out (`prefix`). A tied
+        embedding is known by the inputs of its head; an untied one has none.
+        """
+        if self.prefix is not None and (found := self.prefix.stats(site)) is not None:
+            return found
+        if site.id not in self.stats:
+            program = self.program if self.program is not None else graph
+            linears = [s for s in (self.structure.of_kind("linear") if self.structure is not None else [site]) if s.weight]
+            self.stats.update(self.input_stats(program, [s for s in linears if s.id not in self.stats]))
+        if site.id not in self.stats:
+            tied = next((ids for ids in (self.structure.tied if self.structure else []) if site.id in ids), ())
+            self.stats[site.id] = next((self.stats[id] for id in tied if id in self.stats), None)
+        return self.stats[site.id]
+
+    def _inputs(
+        self, program: Program | ModelGraph, sites: Iterable[Site], tokens: int | None
+    ) -> Iterator[tuple[Site, str, list[Tensor]]]:
+        """(site, key of what it is fed, its values batch by batch), in the order of the program."""
+        from lwcompile.prefix import Cursor
+
+        cursor = Cursor(program, self.batches(program, tokens=tokens), self.device)
+        executor, plan = cursor.executor, []
+        for site in sites:
+            key = executor.key(site)
+            if site.kind in ("block", *SUBLAYER_KINDS):
+                source = key.removesuffix(site.node) + site.skip
+                plan.append((executor.index.get(source, -1) + 1, site, source, ""))
+            else:
+                plan.append((executor.position(key), site, executor.input_of(key), key))
+        for _, site, source, key in sorted(plan, key=lambda item: item[0]):
+            yield site, source, cursor.inputs_at([key])[key] if key else cursor.values_of(source)
+
+    # --- options
+
+    def transform(self, spec: Spec) -> TransformPass:
+        """The transform that an option names, configured; from the registry."""
+        from lwcompile.registry import make
+
+        return make("passes", spec)
+
+    def edited(self, program: Program, sites: Iterable[str], options: Iterable[Spec]) -> Program:
+        """A copy of the program with these options applied, in order, at each of these sites. `Refused` if one does not apply."""
+        known = self.find_structure(program).sites
+        changed = program.copy()
+        for spec in options:
+            transform = self.transform(spec)
+            for id in sites:
+                graph = changed.entries[known[id].entry]
+                transform.check(graph, known[id])
+                transform.apply(graph, known[id], self)
+        return changed
+
+    def units(self, program: Program, sites: Iterable[str]) -> list[tuple[str, ...]]:
+        """The sites, joined where they carry one option together; what is priced in one go."""
+        structure = self.find_structure(program)
+        groups = self.groups
+        if groups is None:
+            groups = [Group(ids[0], ids, "fused") for ids in structure.fused]
+            groups += [Group(ids[0], ids, "tied") for ids in structure.tied]
+        wanted = list(dict.fromkeys(sites))
+        joined: dict[str, tuple[str, ...]] = {id: (id,) for id in wanted}
+        for group in groups:
+            members = dict.fromkeys(m for id in group.sites if id in joined for m in joined[id])
+            joined.update((member, tuple(members)) for member in members)
+        return list(dict.fromkeys(joined[id] for id in wanted))
+
+    # --- results
+
+    def key(self, made_by: Pass, program_digest: str, *parts: object) -> str:
+        """The content key of a result: the pass and its code, program, samples, metric, seed and library versions."""
+        calibration = self.calibration.content_hash if self.calibration is not None else None
+        whole = [str(made_by.spec()), code_hash(type(made_by)), program_digest, calibration, repr(self.metric), self.seed]
+        return content_key(*whole, versions(), *map(str, parts))
+
+    def cached(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The stored result under `key`, made and stored if there is none."""
+        found = self.rundir.get(key) if self.rundir is not None else None
+        if found is None:
+            found = make()
+            if self.rundir is not None:
+                self.rundir.put(key, found)
+        return found
+
+
+def _first_input(cursor: Any) -> Callable[[str], list[Tensor]]:
+    return lambda key: cursor.inputs_at([key])[key]
