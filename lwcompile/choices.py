@@ -72,7 +72,7 @@ def build_table(
     for site in structure.sites.values():
         if site.id in wanted:
             rows[site.id] = _row(program, structure, site, made, damages, backend)
-    weights = {(s.entry, program.entries[s.entry].tensors[s.weight]): s for s in _weight_sites(structure, rows)}
+    weights = {(s.entry, program.entries[s.entry].tensors[str(s.weight)]): s for s in _weight_sites(structure, rows)}
     owned = sum(rows[s.id].dense_bytes for s in weights.values())
     beside = sum(rows[s.id].dense_bytes for s in structure.sites.values() if s.id in rows and s.kind in SUBLAYER_KINDS)
     everything = sum(_dense_price(backend, program, key) for key in program.keys())

@@ -43,6 +43,19 @@ class Program:
         """The entry point whose output is the task's: `forward`, or the last one."""
         return self.entries.get("forward") or list(self.entries.values())[-1]
 
+    @property
+    def asset_dir(self) -> Path | None:
+        """Where the source's tokenizer and configuration files lie, if it came with any."""
+        return self.assets[0].parent if self.assets else None
+
+    def tokenizer(self) -> Any:
+        """The source's tokenizer, from its own files and never from a hub; None if it has none."""
+        if not any(a.name in ("tokenizer.json", "vocab.txt", "tokenizer.model", "vocab.json") for a in self.assets):
+            return None
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.asset_dir, local_files_only=True)
+
     def copy(self) -> Program:
         entries = {name: graph.copy() for name, graph in self.entries.items()}
         return dataclasses.replace(self, entries=entries, annotations=dict(self.annotations))

@@ -1,0 +1,316 @@
+"""One run: a program, a recipe, and everything between them that is worth keeping.
+
+    options -> damages (analyses) -> table -> plan (allocator) -> compressed program -> measured damage
+
+Each step's result lies in the run directory under its content, so that a killed run goes on where it was and a new budget is
+solved without scoring again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lwcompile.apply import apply_plan
+from lwcompile.budget import Budget
+from lwcompile.choices import Offer, build_table, dense_bytes, groups_of, offer
+from lwcompile.context import Context, Progress, SilentProgress
+from lwcompile.contract import AnalysisPass, Backend, Damage, TransformPass
+from lwcompile.damage import DamageMeter, Estimate, evaluate
+from lwcompile.data import CalibrationSet, load_dataset
+from lwcompile.errors import BadInput, BadPlan, InfeasibleBudget
+from lwcompile.executor import Executor
+from lwcompile.manager import Manager
+from lwcompile.metric import Metric, default_metric, load_metric
+from lwcompile.plan import Plan
+from lwcompile.program import Program
+from lwcompile.recipe import Recipe
+from lwcompile.registry import make, plugins
+from lwcompile.rundir import RunDir, code_hash, content_key, short_hash, versions
+from lwcompile.spec import Spec
+from lwcompile.structure import Structure, find_structure
+from lwcompile.table import OptionTable
+
+LIMIT_ROUNDS = 5
+"""How many plans `--max-kl` may measure before it settles for the smallest that keeps the limit."""
+
+
+@dataclass
+class Session:
+    """Lazy properties, each computed once. `dense` is the program after the recipe's EXACT rewrites."""
+
+    program: Program
+    recipe: Recipe
+    run_dir: Path | None = None
+    device: str = "cpu"
+    progress: Progress = field(default_factory=SilentProgress)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known: dict[str, list[str]] = {}
+        for plugin in plugins():
+            known.setdefault(plugin.group, []).append(plugin.name)
+        self.recipe.check_names(known)
+        torch.manual_seed(self.recipe.seed)
+
+    # --- what is given
+
+    @cached_property
+    def digest(self) -> str:
+        return self.program.digest()
+
+    @cached_property
+    def results(self) -> RunDir:
+        scored = {k: v for k, v in self.recipe.canonical().items() if k not in ("budget", "allocator")}
+        root = self.run_dir or RunDir.default_root() / short_hash(content_key(self.digest, scored))
+        made = RunDir(root)
+        made.describe(model=self.program.name, recipe=self.recipe.canonical(), program=self.digest, versions=versions())
+        return made
+
+    @cached_property
+    def backend(self) -> Backend:
+        return make("backends", self.recipe.backend or Spec("onnx"))
+
+    @cached_property
+    def metric(self) -> Metric:
+        if self.recipe.metric is not None:
+            return load_metric(self.recipe.metric)
+        return default_metric("logits" if "logits" in self.program.main.outputs else "features")
+
+    @cached_property
+    def calibration(self) -> CalibrationSet:
+        data = self.recipe.calibration
+        return self._dataset(data.dataset, data.samples, data.seqlen, data.order)
+
+    @cached_property
+    def evaluation(self) -> CalibrationSet:
+        data = self.recipe.evaluation
+        name = data.dataset
+        if name is None and self.recipe.calibration.dataset == "random":
+            name = "random"
+        elif name is None and self.program.tokenizer() is not None:
+            name = "docstrings"
+        elif name is None:
+            raise BadInput("name an evaluation dataset in the recipe (evaluation: {dataset: ...}); this model has no default one")
+        made = self._dataset(name, data.samples, data.seqlen, data.order, seed=self.recipe.seed + 1)
+        if made.modality != "random":
+            self.calibration.require_disjoint(made)
+        return made
+
+    def _dataset(self, name: str | None, samples: int, seqlen: int, order: Any, seed: int | None = None) -> CalibrationSet:
+        examples = {i.name: torch.zeros(i.shape, dtype=i.dtype) for graph in self.program.entries.values() for i in graph.inputs}
+        wanted = Executor(self.program).inputs()
+        return load_dataset(
+            name,
+            tokenizer=self.program.tokenizer(),
+            samples=samples,
+            seqlen=seqlen,
+            seed=self.recipe.seed if seed is None else seed,
+            order=order,
+            examples={k: v for k, v in examples.items() if k in wanted},
+            model_dir=self.program.asset_dir,
+            decoder_start=self.program.config.get("decoder_start_token_id"),
+        )
+
+    # --- the dense program
+
+    @cached_property
+    def structure(self) -> Structure:
+        return find_structure(self.dense)
+
+    @cached_property
+    def dense(self) -> Program:
+        """The program after the recipe's EXACT rewrites, which the manager has probed."""
+        if not self.recipe.passes:
+            return self.program
+        rewritten = self.program.copy()
+        for spec in self.recipe.passes:
+            transform: TransformPass = make("passes", spec)
+            if not transform.exact:
+                raise BadPlan(f"{self.recipe.where('passes')}: {spec} changes the function; offer it as an option instead")
+            structure = find_structure(rewritten)
+            ctx = Context(calibration=self.calibration, structure=structure, seed=self.recipe.seed, device=self.device)
+            Manager(ctx).transform(rewritten, [(site, transform) for site in transform.sites(structure.sites.values())])
+            self.context.remarks.extend(ctx.remarks)
+        return rewritten
+
+    @cached_property
+    def context(self) -> Context:
+        return Context(
+            metric=self.metric,
+            backend=self.backend,
+            seed=self.recipe.seed,
+            device=self.device,
+            progress=self.progress,
+            rundir=self.results,
+            workdir=self.results.root / "work",
+        )
+
+    def _ready(self) -> Context:
+        ctx = self.context
+        ctx.structure, ctx.calibration, ctx.program = self.structure, self.calibration, self.dense
+        ctx.groups = groups_of(self.structure)
+        return ctx
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
+
+    # --- scores
+
+    @cached_property
+    def offer(self) -> Offer:
+        made = offer(self.dense, self.structure, self.recipe)
+        for (site, spec), reason in made.refused.items():
+            self.context.remark(spec.name, site, "refused", reason)
+        return made
+
+    @cached_property
+    def damages(self) -> dict[str, dict[Spec, Damage]]:
+        """What the recipe's analyses say of each option; where two do, the later one has the word."""
+        ctx = self._ready()
+        ctx.options = self.offer.options
+        found: dict[str, dict[Spec, Damage]] = {}
+        for spec in self.recipe.analyses:
+            analysis: AnalysisPass = make("passes", spec)
+            if not isinstance(analysis, AnalysisPass):
+                raise BadPlan(f"{self.recipe.where('analyses')}: {spec.name} is no analysis")
+            manager = Manager(ctx)
+            with self._timed(spec.name):
+                annotations = manager.analyze(self.dense, analysis)
+            for site, value in annotations.items():
+                if isinstance(value, dict):
+                    found.setdefault(site, {}).update(value)
+        return found
+
+    @cached_property
+    def table(self) -> OptionTable:
+        self._ready()
+        damages = self.damages
+        with self._timed("pricing"):
+            return build_table(self.dense, self.structure, self.offer, damages, self.backend, self.metric.unit)
+
+    @property
+    def dense_bytes(self) -> int:
+        return dense_bytes(self.dense, self.backend)
+
+    # --- plans
+
+    def plan(self, budget: Budget | None = None) -> Plan:
+        """The allocator's plan under a budget (the recipe's, if none is given), with where it came from."""
+        budget = self.recipe.budget if budget is None else budget
+        allocator = make("allocators", self.recipe.allocator)
+        table = self.table
+        with self._timed("allocating"):
+            plan = allocator.allocate(table, budget)
+        return plan.replace(origin=self.origin())
+
+    def origin(self) -> dict[str, Any]:
+        return {
+            "model": self.program.name,
+            "program": self.digest,
+            "allocator": str(self.recipe.allocator),
+            "analyses": [str(s) for s in self.recipe.analyses],
+            "calibration": self.calibration.describe(),
+            "seed": self.recipe.seed,
+            "versions": versions(),
+        }
+
+    def plan_within(self, limit: float) -> tuple[Plan, Program]:
+        """The smallest plan found whose measured damage on held-out samples keeps `limit` with its whole interval.
+
+        Predicted damages add up and measured ones do not, so the budget of predicted damage is moved by bisection on measured
+        plans: `LIMIT_ROUNDS` of them. `InfeasibleBudget` if none keeps the limit.
+        """
+        low, high, target = 0.0, None, limit
+        best: tuple[Plan, Program] | None = None
+        least = float("inf")
+        for _ in range(LIMIT_ROUNDS):
+            plan = self.plan(Budget(max_damage=target, drop_sublayers=self.recipe.budget.drop_sublayers))
+            program = self.compress(plan)
+            found = self.measure(program)["damage"]
+            least = min(least, found.high)
+            if found.high <= limit:
+                low = target
+                if best is None or (plan.bytes or 0) < (best[0].bytes or 0):
+                    best = (plan.replace(measured=found.mean, interval=(found.low, found.high)), program)
+                ratio = limit / max(found.high, 1e-9)
+            else:
+                high = target
+                ratio = limit / found.high
+            if 0.9 <= ratio <= 1.0 + 1e-9 and best is not None:
+                break
+            target = (low + high) / 2 if high is not None and low > 0 else target * min(max(ratio, 0.2), 5.0)
+        if best is None:
+            raise InfeasibleBudget(
+                f"no plan kept the damage within {limit:g} {self.metric.unit} on held-out samples; the least measured was "
+                f"{least:.4g}: allow that much, or offer wider formats"
+            )
+        return best
+
+    def compress(self, plan: Plan) -> Program:
+        """The program that a plan makes; weights that a killed run has solved are not solved again."""
+        ctx = self._ready()
+        ctx.scope = content_key(
+            self.dense.digest(),
+            plan.digest(),
+            self.calibration.content_hash,
+            self.recipe.seed,
+            versions(),
+            self._solver_code(plan),
+        )
+        ctx.memo.clear()
+        ctx.stats.clear()
+        with self._timed("compressing"):
+            return apply_plan(self.dense, plan.choices, self.structure, ctx)
+
+    def _solver_code(self, plan: Plan) -> list[str]:
+        specs = {spec for options in plan.choices.values() for spec in options}
+        made = [make("passes", spec) for spec in sorted(specs)]
+        solvers = [make("solvers", s) for t in made if isinstance(s := getattr(t, "solver", None), Spec)]
+        return sorted({code_hash(type(p)) for p in [*made, *solvers]})
+
+    # --- measuring
+
+    def measure(self, program: Program) -> dict[str, Estimate]:
+        """Damage, agreement and perplexity of a program against the dense one, on the evaluation set."""
+        key = content_key("measure", self.digest, program.digest(), self.evaluation.content_hash, repr(self.metric), versions())
+        if (stored := self.results.get(key)) is not None:
+            return {name: Estimate.from_json(row) for name, row in stored.items()}
+        with self._timed("measuring"):
+            found = self._measure(program)
+        self.results.put(key, {name: e.to_json() for name, e in found.items()})
+        return found
+
+    def _measure(self, program: Program) -> dict[str, Estimate]:
+        dense, compressed = Executor(self.dense, self.device), Executor(program, self.device)
+        batches = list(self.evaluation.batches(self.context.batch_size, dense.inputs()))
+        with self.progress.task("measuring", len(batches)) as task:
+
+            def outputs(executor: Executor, tick: bool) -> Iterator[dict[str, Tensor]]:
+                for batch in batches:
+                    with torch.no_grad():
+                        yield executor.run(batch)
+                    if tick:
+                        task.advance()
+
+            return evaluate(self.metric, outputs(dense, False), outputs(compressed, True), batches, self.recipe.seed)
+
+    def damage_on_calibration(self, program: Program, samples: int = 16) -> float:
+        """A quick look at a program's damage, on a few calibration samples: for limits between passes, not for reports."""
+        dense, compressed = Executor(self.dense, self.device), Executor(program, self.device)
+        meter = DamageMeter(self.metric, self.recipe.seed)
+        with torch.no_grad():
+            for batch in self.calibration.take(samples).batches(self.context.batch_size, dense.inputs()):
+                meter.update(dense.run(batch), compressed.run(batch), batch)
+        return meter.result().mean
