@@ -21,7 +21,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,30 +131,29 @@ class Plan:
         if not found:
             return
         first = found[0]
-        places = [place for site in first.sites if (place := self.where(site))]
-        also = f" (see {places[1]})" if len(set(places)) > 1 and places[1] != self.source else ""
+        places = [self.where(site) for site in sorted(first.sites, key=lambda site: site not in self.lines)]
+        also = f" (see {places[1]})" if len(places) > 1 and places[1] not in (places[0], self.source or "") else ""
         more = f"; {len(found) - 1} more such errors follow" if len(found) > 1 else ""
-        raise BadPlan(f"{places[0] + ': ' if places else ''}{first.message}{also}{more}")
+        raise BadPlan(f"{places[0] and places[0] + ': '}{first.message}{also}{more}")
 
     # --- the file
 
     def to_yaml(self, table: OptionTable | None = None) -> str:
         """The text of the file; with a table, each line ends with a comment that gives the site's damage and size."""
-        head: dict[str, Any] = {"version": VERSION}
-        if self.unit:
-            head["unit"] = self.unit
-        if not self.budget.empty:
-            head["budget"] = self.budget.to_dict()
-        head |= {name: value for name in _NUMBERS if (value := getattr(self, name)) is not None}
-        if self.interval is not None:
-            head["interval"] = list(self.interval)
-        if self.origin:
-            head["origin"] = self.origin
         lines = [
             "# Which option each site carries. A site that is not named keeps its original form; edit freely.",
-            yaml.safe_dump(head, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120).rstrip(),
-            "sites:" if self.choices else "sites: {}",
+            _block("version", VERSION),
         ]
+        if self.unit:
+            lines.append(_block("unit", self.unit))
+        if not self.budget.empty:
+            lines.append(f"budget: {_flow(self.budget.to_dict())}")
+        lines += [_block(name, value) for name in _NUMBERS if (value := getattr(self, name)) is not None]
+        if self.interval is not None:
+            lines.append(f"interval: {_flow(list(self.interval))}")
+        if self.origin:
+            lines.append(_block("origin", json.loads(json.dumps(self.origin, default=str))))
+        lines.append("sites:" if self.choices else "sites: {}")
         section = None
         for site, options in self.choices.items():
             if section not in (None, _section(site)):
@@ -219,6 +218,11 @@ class Plan:
             **values,
         )
 
+    def normalize(self, form: Callable[[Spec], Spec]) -> Plan:
+        """This plan with each option in the form that its transform writes, so that stated defaults do not tell two apart."""
+        choices = {site: tuple(form(option) for option in options) for site, options in self.choices.items()}
+        return dataclasses.replace(self, choices=choices)
+
     def replace(self, **changes: Any) -> Plan:
         """This plan with some fields changed, such as `measured` and `interval`."""
         return dataclasses.replace(self, **changes)
@@ -272,7 +276,19 @@ def _section(site: str) -> str:
 def _scalar(text: str) -> str:
     """`text` for a YAML line, bare wherever YAML would read it back as it is."""
     bare = _PLAIN.fullmatch(text) and text.lower() not in _WORDS
-    return text if bare else json.dumps(text, ensure_ascii=False)
+    return text if bare else yaml.safe_dump(text, default_style='"', allow_unicode=True, width=math.inf).strip()
+
+
+def _flow(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=math.inf).strip()
+
+
+def _block(key: str, value: Any) -> str:
+    for unicode in (True, False):  # PyYAML writes a few line separators as they are, and reads them back as spaces
+        text = yaml.safe_dump({key: value}, sort_keys=False, default_flow_style=False, allow_unicode=unicode, width=math.inf)
+        if yaml.safe_load(text) == {key: value}:
+            break
+    return text.rstrip()
 
 
 def _comment(table: OptionTable | None, site: str, options: Options) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from lwcompile.budget import Budget
 from lwcompile.errors import BadInput, BadPlan
 from lwcompile.site import SUBLAYER_KINDS
-from lwcompile.spec import KEEP, Spec
+from lwcompile.spec import KEEP, Spec, Value
 
 if TYPE_CHECKING:
     from lwcompile.contract import Allocator
@@ -33,8 +33,20 @@ Assignment: TypeAlias = Mapping[str, Options]
 
 
 def canonical(options: Iterable[Spec]) -> Options:
-    """One form for options that mean the same: no `keep`, arguments in the order of their names."""
-    return tuple(Spec(o.name, tuple(sorted(o.args, key=lambda arg: arg[0]))) for o in options if o != KEEP)
+    """One form for options that mean the same: no `keep`, arguments in the order of their names, `x{}` as the word `x`."""
+    return tuple(_ordered(option) for option in options if option != KEEP)
+
+
+def _ordered(spec: Spec) -> Spec:
+    return Spec(spec.name, tuple(sorted(((key, _plain(value)) for key, value in spec.args), key=lambda arg: arg[0])))
+
+
+def _plain(value: Value) -> Value:
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if not isinstance(value, Spec):
+        return value
+    return _ordered(value) if value.args else value.name
 
 
 def format_options(options: Options) -> str:

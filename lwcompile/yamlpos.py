@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from lwcompile.errors import BadInput, BadPlan
 
 Key = tuple[Hashable, ...]
 _LARGEST = 1_000_000  # keys and items; aliases of aliases could ask for more than there is memory
+_FLOW_SPEC = re.compile(r"[\[{,].*\w\{")
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -51,7 +53,8 @@ def parse(text: str, source: str = "<text>") -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{source}:{mark.line + 1}" if mark else source
-        hint = "; inside [ ] or { }, put a spec such as quantize{bits=4} in quotes" if "'{'" in str(error.problem) else ""
+        line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+        hint = "; inside [ ] or { }, put a spec such as quantize{bits=4} in quotes" if _FLOW_SPEC.search(line) else ""
         raise BadPlan(f"{place}: not YAML: {error.problem or error.context}{hint}") from None
     except yaml.YAMLError as error:
         raise BadPlan(f"{source}: not YAML: {error}") from None

@@ -29,7 +29,8 @@ from lwcompile.passes.allocate.greedy import Greedy, refine, too_small
 from lwcompile.plan import Plan
 from lwcompile.table import Evaluation, Options, OptionTable, canonical
 
-_SCALE = 1e4  # largest coefficient of a row: HiGHS works to absolute tolerances of about 1e-6
+_AIM = 1e4  # largest cost: HiGHS stops at an absolute gap of 1e-6, whatever the relative one
+_SIDE = 100.0  # a limit in its row: HiGHS keeps rows to an absolute 1e-6
 
 Row = dict[int, float]
 Found = dict[str, Options]
@@ -221,8 +222,8 @@ class _Program:
                 continue
             high[[v for v, c in row.items() if c > limit]] = 0.0
             if limit > 0:
-                fitting = {v: _SCALE * c / limit for v, c in row.items() if c <= limit}
-                rows.append((fitting, -math.inf, _SCALE))
+                fitting = {v: _SIDE * c / limit for v, c in row.items() if c <= limit}
+                rows.append((fitting, -math.inf, _SIDE))
         if count != (None, None):
             least, top = count
             rows.append((self.drops, -math.inf if least is None else least, math.inf if top is None else top))
@@ -230,7 +231,7 @@ class _Program:
         aim, sign = ends.get(end, (self.drops, 1.0))
         cost = np.zeros(len(self.vars))
         cost[list(aim)] = list(aim.values())
-        cost *= sign * _SCALE / (np.abs(cost).max(initial=0.0) or 1.0)
+        cost *= sign * _AIM / (np.abs(cost).max(initial=0.0) or 1.0)
         result = optimize.milp(
             cost,
             integrality=np.array(self.vars, dtype=int),
