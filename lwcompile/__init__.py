@@ -19,13 +19,42 @@ API_VERSION = 1
 """The version of the pass contract; plugins state the one they were written for, and the registry checks it."""
 
 _LAZY: dict[str, str] = {
+    "Artifact": "lwcompile.artifact",
+    "Plan": "lwcompile.plan",
+    "Program": "lwcompile.program",
+    "Recipe": "lwcompile.recipe",
+    "Result": "lwcompile.pipeline",
     "Spec": "lwcompile.spec",
+    "capture": "lwcompile.pipeline",
+    "compress": "lwcompile.pipeline",
+    "export": "lwcompile.pipeline",
+    "load": "lwcompile.artifact",
+    "plan": "lwcompile.pipeline",
 }
 
 if TYPE_CHECKING:
+    from lwcompile.artifact import Artifact, load
+    from lwcompile.pipeline import Result, capture, compress, export, plan
+    from lwcompile.plan import Plan
+    from lwcompile.program import Program
+    from lwcompile.recipe import Recipe
     from lwcompile.spec import Spec
 
-__all__ = ["API_VERSION", "Spec", "__version__"]
+__all__ = [
+    "API_VERSION",
+    "Artifact",
+    "Plan",
+    "Program",
+    "Recipe",
+    "Result",
+    "Spec",
+    "__version__",
+    "capture",
+    "compress",
+    "export",
+    "load",
+    "plan",
+]
 
 
 def __getattr__(name: str) -> object:

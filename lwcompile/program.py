@@ -50,11 +50,7 @@ class Program:
 
     def tokenizer(self) -> Any:
         """The source's tokenizer, from its own files and never from a hub; None if it has none."""
-        if not any(a.name in ("tokenizer.json", "vocab.txt", "tokenizer.model", "vocab.json") for a in self.assets):
-            return None
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.asset_dir, local_files_only=True)
+        return None if self.asset_dir is None else load_tokenizer_from(self.asset_dir)
 
     def copy(self) -> Program:
         entries = {name: graph.copy() for name, graph in self.entries.items()}
@@ -116,3 +112,12 @@ class Program:
         entries = {name: ModelGraph.from_json(entry, store) for name, entry in data["entries"].items()}
         assets = tuple(folder / name for name in data["assets"])
         return cls(entries, store, data["task"], data["name"], data["config"], data["license"], assets, tuple(data["remarks"]))
+
+
+def load_tokenizer_from(folder: Path) -> Any:
+    """The tokenizer in a folder, from its own files and never from a hub; None if there is none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "tokenizer.model", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

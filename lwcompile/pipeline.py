@@ -1,0 +1,325 @@
+"""The way of a model, as five functions that say the same words as the command line.
+
+program = lw.capture("model_dir")
+plan    = lw.plan(program, avg_bits=4.25)
+result  = lw.compress(program, "small", plan=plan)
+result  = lw.export(program, "model.onnx", plan=plan)
+model   = lw.load("small"); model.generate("Once upon a time")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lwcompile.artifact import load, write_artifact
+from lwcompile.budget import Budget
+from lwcompile.capture import capture_module, from_exported
+from lwcompile.context import Progress, SilentProgress
+from lwcompile.contract import Backend
+from lwcompile.errors import BadInput, Refused
+from lwcompile.plan import Plan
+from lwcompile.program import Program
+from lwcompile.recipe import Recipe
+from lwcompile.registry import load as load_plugin
+from lwcompile.registry import plugins
+from lwcompile.report import Report
+from lwcompile.rundir import RunDir, content_key, versions
+from lwcompile.session import Session
+from lwcompile.spec import Spec
+from lwcompile.store import ParameterStore
+from lwcompile.table import pareto
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lwcompile.sources import Source
+
+__all__ = ["Result", "Settings", "capture", "compress", "export", "load", "plan", "session"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What flags and keyword arguments say; None leaves it to the recipe.
+
+    `max_kl` limits the measured damage on held-out samples, in the metric's unit; `avg_bits` and `max_bytes` the size.
+    """
+
+    recipe: str | Path | Recipe = "balanced"
+    plan: str | Path | Plan | None = None
+    avg_bits: float | None = None
+    max_bytes: int | None = None
+    drop_sublayers: int | None = None
+    max_kl: float | None = None
+    dataset: str | None = None
+    samples: int | None = None
+    seqlen: int | None = None
+    metric: str | None = None
+    backend: str | None = None
+    device: str = "cpu"
+    run_dir: Path | None = None
+    seed: int | None = None
+
+    def resolved(self) -> Recipe:
+        """The recipe with these settings over it."""
+        recipe = self.recipe if isinstance(self.recipe, Recipe) else Recipe.find(self.recipe)
+        wished = Budget(self.max_bytes, self.avg_bits, self.drop_sublayers)
+        data = {"dataset": self.dataset, "samples": self.samples, "seqlen": self.seqlen}
+        return recipe.with_(
+            budget=None if wished.empty else wished,
+            calibration=data,
+            evaluation={"seqlen": self.seqlen},
+            metric=self.metric,
+            backend=self.backend,
+            seed=self.seed,
+        )
+
+
+@dataclass
+class Result:
+    """A compressed program, the plan that made it (with its measured damage), the report, and where it was written."""
+
+    program: Program
+    plan: Plan
+    report: Report
+    path: Path | None = None
+    run_dir: Path | None = None
+
+
+# --- capture
+
+
+def capture(
+    source: str | Path | nn.Module | Source,
+    example: Mapping[str, Any] | None = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+) -> Program:
+    """Trace what `source` names: a program folder, a Hugging Face folder, a .gguf or .pt2 file, `module:function`, or a module.
+
+    example, dynamic: for modules, keyword inputs and their free dimensions (`{"x": {0: "batch"}}`).
+
+    A traced file is kept in the user's cache under its content, since tracing takes longer than reading it back.
+    """
+    if isinstance(source, str | Path) and (Path(source) / "program.json").is_file():
+        return Program.load(Path(source))
+    from lwcompile.sources import open_source
+
+    opened = open_source(source, example, {k: dict(v) for k, v in dynamic.items()} if dynamic else None)  # type: ignore[arg-type]
+    if not isinstance(source, str | Path):
+        return _trace(opened, None)
+    folder = RunDir.default_root().parent / "programs" / content_key(opened.origin, opened.task, versions())
+    if (folder / "program.json").is_file():
+        return Program.load(folder)
+    return _trace(opened, folder)
+
+
+def _trace(source: Source, keep: Path | None) -> Program:
+    store, entries, remarks = ParameterStore(), {}, list(source.remarks)
+    for name, part in source.parts.items():
+        if source.exported is not None:
+            entries[name], found = from_exported(source.exported, store, part.dynamic), []
+        else:
+            entries[name], found = capture_module(part.model, part.example_kwargs, part.dynamic, store=store)
+        remarks += [f"{name}: {remark}" for remark in found]
+    program = Program(entries, store, source.task, source.name, source.config or {}, source.license, (), tuple(remarks))
+    if keep is None:
+        return program
+    program.assets = source.write_assets(keep)
+    program.save(keep)
+    return Program.load(keep)
+
+
+# --- plan, compress, export
+
+
+def session(program: Program, settings: Settings, progress: Progress | None = None) -> Session:
+    """The run that a program and settings describe; its steps are computed when they are asked for."""
+    return Session(program, settings.resolved(), settings.run_dir, settings.device, progress or SilentProgress())
+
+
+def plan(program: Program, *, progress: Progress | None = None, **settings: Any) -> Plan:
+    """Choose an option for every site: see `Settings` for the words. A plan given by file is checked and returned."""
+    wished = Settings(**settings)
+    return _planned(session(program, wished, progress), wished)[0]
+
+
+def _planned(run: Session, settings: Settings) -> tuple[Plan, Program | None]:
+    if settings.plan is not None:
+        given = settings.plan if isinstance(settings.plan, Plan) else Plan.load(settings.plan)
+        given.validate(run.table)
+        found = run.table.evaluate(given.choices)
+        return given.replace(predicted=found.damage, bytes=found.bytes), None
+    if settings.max_kl is not None:
+        return run.plan_within(settings.max_kl)
+    return run.plan(), None
+
+
+def compress(program: Program, path: str | Path | None = None, *, progress: Progress | None = None, **settings: Any) -> Result:
+    """Apply a plan and measure it. With `path`, the compressed program is written there, loadable by `lw.load`."""
+    wished = Settings(**settings)
+    run = session(program, wished, progress)
+    result = _compressed(run, wished)
+    if path is not None:
+        folder = Path(path)
+        with run._timed("writing"):
+            _whole(folder, lambda draft: write_artifact(draft, run, result.program, result.plan, None, result.report))
+        result.path = folder
+    return result
+
+
+def _compressed(run: Session, settings: Settings) -> Result:
+    chosen, program = _planned(run, settings)
+    program = program or run.compress(chosen)
+    found = run.measure(program)
+    damage = found["damage"]
+    chosen = chosen.replace(measured=damage.mean, interval=(damage.low, damage.high), unit=run.metric.unit)
+    report = _report(run, chosen, found)
+    report.save(run.results.root)
+    chosen.save(run.results.root / "plan.yaml", run.table)
+    return Result(program, chosen, report, None, run.results.root)
+
+
+def export(program: Program, path: str | Path, *, progress: Progress | None = None, **settings: Any) -> Result:
+    """Compress, lower to the backend's format at `path`, and prove that the file computes what the graph does.
+
+    The file's folder becomes the loadable directory: configuration, tokenizer, plan, manifest, licence and model card. A failed
+    parity check raises `VerificationError` and leaves no file.
+    """
+    path, wished = Path(path), Settings(**settings)
+    if wished.backend is None and (named := backend_for(path)) is not None:
+        wished = dataclasses.replace(wished, backend=named)
+    require_writable(path.parent)
+    run = session(program, wished, progress)
+    if reasons := run.backend.unsupported(run.dense):
+        raise Refused(f"{run.backend.name} cannot hold this model: {'; '.join(reasons)}")
+    result = _compressed(run, wished)
+    lowered = with_decode(result.program, run)
+    with run._timed("lowering"):
+        parity = run.backend.lower(lowered, path, run.context)
+    report = result.report
+    report.data["parity"] = dataclasses.asdict(parity)
+    report.data["bytes"] |= {"file": folder_bytes(path)}
+    report.data["seconds"] = {name: round(s, 2) for name, s in run.seconds.items()}
+    report.data["remarks"] = _remarks(run)
+    if (speed := _speed(run, path)) is not None:
+        report.data["speed"] = speed
+    write_artifact(path.parent, run, None, result.plan, path, report)
+    report.save(run.results.root)
+    result.path, result.report = path, report
+    return result
+
+
+def with_decode(program: Program, run: Session) -> Program:
+    """The program with the graph that continues from cached keys and values, where one can be derived."""
+    if "logits" not in program.main.outputs or set(program.entries) != {"forward"}:
+        return program
+    from lwcompile.decode import derive_decode
+
+    try:
+        decode = derive_decode(program.main)
+    except Refused as refusal:
+        run.context.remark("decode", "forward", "refused", refusal.reason)
+        return program
+    return dataclasses.replace(program, entries={**program.entries, "decode": decode})
+
+
+def backend_for(path: Path) -> str | None:
+    """The backend that writes files with this suffix, by what the installed backends say of themselves."""
+    for plugin in plugins("backends"):
+        backend: type[Backend] = load_plugin("backends", plugin.name)
+        if path.suffix in backend.suffixes:
+            return plugin.name
+    return None
+
+
+def require_writable(folder: Path) -> None:
+    """Fail before the work and not after it."""
+    probe = folder / f".lwcompile-{time.time_ns()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(f"cannot write into {folder}: {error.strerror or error}; name another directory") from error
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of a model file and of the weights beside it."""
+    return sum(f.stat().st_size for f in path.parent.glob(f"{path.name}*") if f.is_file())
+
+
+def _whole(folder: Path, write: Any) -> None:
+    """Write a folder under another name and move it into place, so that a half-written one never has the name."""
+    draft = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        write(draft)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+# --- the report
+
+
+def _report(run: Session, chosen: Plan, found: Mapping[str, Any]) -> Report:
+    from lwcompile.registry import make
+
+    damage = found["damage"]
+    rows = {name: e.to_json() for name, e in found.items()}
+    allocator = make("allocators", run.recipe.allocator)
+    return Report.build(
+        name=run.program.name,
+        license=run.program.license,
+        table=run.table,
+        plan=chosen,
+        curve=pareto(run.table, make("allocators", Spec("greedy")) if allocator is None else allocator, n=12),
+        sites=run.structure.sites,
+        recipe=run.recipe.canonical(),
+        measured={"value": damage.mean, "low": damage.low, "high": damage.high, "samples": damage.n},
+        evaluation={
+            "dense": {"perplexity": rows["perplexity dense"]} if "perplexity dense" in rows else {},
+            "compressed": {k: v for k, v in rows.items() if k not in ("perplexity dense", "damage")},
+            "dataset": run.evaluation.describe(),
+        },
+        remarks=_remarks(run),
+        seconds={name: round(s, 2) for name, s in run.seconds.items()},
+        versions=versions(),
+        seed=run.recipe.seed,
+        calibration=run.calibration.describe(),
+    )
+
+
+def _remarks(run: Session) -> list[dict[str, Any]]:
+    return [
+        {"pass": r.by, "site": r.site, "kind": r.kind, "text": r.text, "numbers": dict(r.numbers)} for r in run.context.remarks
+    ]
+
+
+def _speed(run: Session, path: Path) -> dict[str, Any] | None:
+    """Speed of the file beside the dense model's on the same backend, if the backend can time itself."""
+    time_it = getattr(run.backend, "speed", None)
+    if time_it is None:
+        return None
+    with run._timed("timing"):
+        after = time_it(path)
+        key = content_key("speed", run.digest, str(run.backend.spec()), versions())
+        before = run.results.get(key)
+        if before is None:
+            folder = run.results.root / "dense"
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                run.backend.lower(with_decode(run.dense, run), folder / path.name, run.context)
+                before = {**time_it(folder / path.name), "file_bytes": folder_bytes(folder / path.name)}
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            run.results.put(key, before)
+    return {"before": before, "after": {**after, "file_bytes": folder_bytes(path)}}
