@@ -113,7 +113,7 @@ def _stored_matrix(graph: ModelGraph, node: object) -> tuple[str, bool] | None:
     """The tensor name behind a stored matrix, and whether it is read transposed."""
     transposed = False
     while isinstance(node, fx.Node) and node.op == "call_function":
-        swaps = node.target is aten.t.default or (
+        swaps = node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default) or (
             node.target in (aten.transpose.int, aten.permute.default) and (v := _val(node)) is not None and v.dim() == 2
         )
         if not swaps or (node.target is aten.permute.default and list(node.args[1]) != [1, 0]):  # type: ignore[arg-type]

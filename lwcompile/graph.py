@@ -133,12 +133,15 @@ class ModelGraph:
         """
         graph = self.folded() if dense else self
         root = {name: graph.tensor(name) for name in graph.tensors}
-        return fx.GraphModule(root, copy.deepcopy(graph.graph))  # type: ignore[arg-type]
+        nodes = copy.deepcopy(graph.graph)
+        for node in nodes.find_nodes(op="placeholder"):
+            node.target = node.name  # an input's name may hold dots, as in past_key_values.0.key; a Python argument's may not
+        return fx.GraphModule(root, nodes)  # type: ignore[arg-type]
 
     def folded(self) -> ModelGraph:
         """A copy in which operators of ours that read only stored tensors are replaced by their float32 results."""
         folded = self.copy()
-        folded.store = _Overlay(self.store)
+        folded.store = OverlayStore(self.store)
         for node in folded.nodes:
             if getattr(node.target, "namespace", "") != "lwcompile":
                 continue
@@ -160,7 +163,7 @@ class ModelGraph:
         values: dict[fx.Node, Any] = {}
         examples = {i.name: i for i in self.inputs}
         fakes: dict[str, Tensor] = {}
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), _unlogged():
             for node in self.graph.nodes:
                 if node.op == "placeholder":
                     example = examples[str(node.target)]
@@ -210,7 +213,7 @@ class ModelGraph:
         return graph
 
 
-class _Overlay(ParameterStore):
+class OverlayStore(ParameterStore):
     """A store for values that live only as long as a run: not hashed, and the store below is not touched."""
 
     def __init__(self, below: ParameterStore) -> None:
