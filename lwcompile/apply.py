@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lwcompile.contract import TransformPass
-from lwcompile.executor import Cursor, Executor
+from lwcompile.executor import Executor
 from lwcompile.manager import Manager, Step
+from lwcompile.prefix import Cursor
 from lwcompile.registry import make
 from lwcompile.stats import InputStats
 

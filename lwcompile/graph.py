@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -211,6 +213,17 @@ class ModelGraph:
         graph = cls(graph_from_json(data["nodes"]), dict(data["tensors"]), store, inputs, list(data["outputs"]))
         graph.propagate()
         return graph
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """torch logs a traceback of its own for shapes that do not fit; the error that is raised says it better."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class OverlayStore(ParameterStore):
