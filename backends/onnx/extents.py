@@ -1,0 +1,117 @@
+"""Which sizes in a graph are fixed and which follow its inputs.
+
+The graph is propagated twice with fake tensors, each symbol at another size both times. A size that came out the same is
+fixed; one that did not is `Free`, and two free sizes that agree both times are one size. No symbolic algebra is needed:
+the sizes per symbol are primes, so equal pairs mean equal expressions in practice, and parity proves the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from lwcompile.errors import Refused, VerificationError
+from lwcompile.graph import Input, ModelGraph
+
+
+class Free(NamedTuple):
+    """A size that follows the inputs: its value in the first and in the second propagation."""
+
+    first: int
+    second: int
+
+
+Dim = int | Free
+
+
+@dataclass(frozen=True)
+class Extents:
+    """The dtype and sizes of every tensor node, the value of every size node, and the symbols of the inputs."""
+
+    dims: Mapping[fx.Node, tuple[Dim, ...]]
+    dtypes: Mapping[fx.Node, torch.dtype]
+    sizes: Mapping[fx.Node, Any]
+    symbols: Mapping[Free, str]
+
+    def symbol(self, dim: Dim) -> int | str | None:
+        """A size as a model file writes it: a number, an input's symbol, or None for an expression of symbols."""
+        return dim if isinstance(dim, int) else self.symbols.get(dim)
+
+
+def symbol_parts(symbol: str) -> list[str]:
+    """`past_sequence + sequence` -> its two symbols: a size may be declared as a sum of others."""
+    return [part.strip() for part in symbol.split("+")]
+
+
+def free_symbols(inputs: Sequence[Input]) -> list[str]:
+    """The symbols of the inputs, in order of appearance, sums taken apart."""
+    seen: dict[str, None] = {}
+    for item in inputs:
+        for symbol in item.dynamic.values():
+            seen.update(dict.fromkeys(part for part in symbol_parts(symbol) if not part.isdigit()))
+    return list(seen)
+
+
+def resized(inputs: Sequence[Input], sizes: Mapping[str, int]) -> list[Input]:
+    """The inputs with their free sizes set."""
+    return [replace(item, shape=shape_at(item, sizes)) for item in inputs]
+
+
+def shape_at(item: Input, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    shape = list(item.shape)
+    for dim, symbol in item.dynamic.items():
+        shape[dim] = sum(int(part) if part.isdigit() else sizes[part] for part in symbol_parts(symbol))
+    return tuple(shape)
+
+
+def extents(graph: ModelGraph) -> Extents:
+    """Propagate twice and compare. `Refused` if the graph runs at no other size than its example's."""
+    symbols = free_symbols(graph.inputs)
+    reasons: list[str] = []
+    for first, second in _candidates(graph, symbols):
+        try:
+            runs = [_propagated(graph, sizes) for sizes in (first, second)]
+        except (VerificationError, RuntimeError) as error:
+            reasons.append(str(error).strip().splitlines()[-1])
+            continue
+        return _compared(graph, *runs)
+    raise Refused(f"the graph runs at no other sizes of {', '.join(symbols)} than the example's ({reasons[-1]})")
+
+
+def _candidates(graph: ModelGraph, symbols: list[str]) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    example = {s: item.shape[d] for item in graph.inputs for d, s in item.dynamic.items() if s in symbols}
+    example |= {s: 7 for s in symbols if s not in example}
+    yield dict(zip(symbols, (5, 11, 17, 23, 29, 37, 43, 47))), dict(zip(symbols, (7, 13, 19, 3, 31, 41, 53, 59)))
+    yield {s: v + i for i, (s, v) in enumerate(example.items())}, {s: v + 5 * i + 3 for i, (s, v) in enumerate(example.items())}
+    yield {s: 2 * v for s, v in example.items()}, {s: (3 + i) * v for i, (s, v) in enumerate(example.items())}
+
+
+def _propagated(graph: ModelGraph, sizes: Mapping[str, int]) -> ModelGraph:
+    probe = graph.copy()
+    probe.inputs = resized(graph.inputs, sizes)
+    probe.propagate()
+    return probe
+
+
+def _compared(graph: ModelGraph, first: ModelGraph, second: ModelGraph) -> Extents:
+    dims: dict[fx.Node, tuple[Dim, ...]] = {}
+    dtypes: dict[fx.Node, torch.dtype] = {}
+    sizes: dict[fx.Node, Any] = {}
+    for node, a, b in zip(graph.nodes, first.nodes, second.nodes, strict=True):
+        x, y = a.meta.get("val"), b.meta.get("val")
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            dims[node] = tuple(int(m) if m == n else Free(int(m), int(n)) for m, n in zip(x.shape, y.shape, strict=True))
+            dtypes[node] = x.dtype
+        elif isinstance(x, int | float | bool):
+            sizes[node] = x if x == y else Free(x, y)  # type: ignore[arg-type]
+    nodes, symbols = graph.input_nodes(), {}
+    for item in graph.inputs:
+        for dim, symbol in sorted(item.dynamic.items()):
+            extent = dims[nodes[item.name]][dim]
+            if isinstance(extent, Free):
+                symbols.setdefault(extent, symbol)
+    return Extents(dims, dtypes, sizes, symbols)

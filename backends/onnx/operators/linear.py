@@ -1,0 +1,60 @@
+"""Products of matrices: linear (dense or packed), matmul and its kin, einsum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+from torch import fx
+
+from lwcompile.backends.onnx.lowering import Lowering, lowers, operator_name
+from lwcompile.backends.onnx.quantized import quantized_weight
+from lwcompile.errors import Refused
+
+
+@lowers("lwcompile.dequantize", nodes=True)
+def dequantize(l: Lowering, node: fx.Node, *args: Any) -> ir.Value:
+    """The dense weight, for readers that have no packed kernel; dropped again if there is none."""
+    packed = quantized_weight(l.graph, node)
+    if packed is None:
+        raise Refused("the packed weight is computed, not stored", site=node.meta.get("path") or node.name)
+    return l.quantized.dense(packed)
+
+
+@lowers("linear", nodes=True)
+def linear(l: Lowering, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> ir.Value:
+    source, offset = l.value(x), None if bias is None else l.value(bias)
+    packed = quantized_weight(l.graph, weight)
+    if packed is not None:
+        value = l.quantized.linear(packed, source, offset, l.rank(x))
+        if value is not None:
+            return value
+    if weight.op == "get_attr" and l.rank(weight) == 2:
+        matrix = l.transposed(weight)
+    else:
+        matrix = l.b.op("Transpose", l.value(weight), perm=[1, 0])
+    value = l.b.op("MatMul", source, matrix)
+    return value if offset is None else l.b.op("Add", value, offset)
+
+
+@lowers("matmul", "mm", "bmm", "mv", "dot")
+def matmul(l: Lowering, node: fx.Node, x: ir.Value, y: ir.Value) -> ir.Value:
+    return l.b.op("MatMul", x, y)
+
+
+@lowers("addmm", "baddbmm", "addbmm")
+def addmm(l: Lowering, node: fx.Node, bias: ir.Value, x: ir.Value, y: ir.Value, *, beta: float = 1, alpha: float = 1) -> ir.Value:
+    b = l.b
+    if operator_name(node) == "addbmm":
+        raise Refused("addbmm", site=node.name)
+    product = b.op("MatMul", x, y)
+    product = product if alpha == 1 else b.op("Mul", product, b.scalar(float(alpha), product))
+    if beta == 0:
+        return product
+    return b.op("Add", bias if beta == 1 else b.op("Mul", bias, b.scalar(float(beta), bias)), product)
+
+
+@lowers("einsum")
+def einsum(l: Lowering, node: fx.Node, equation: str, parts: Sequence[ir.Value], **kwargs: Any) -> ir.Value:
+    return l.b.op("Einsum", *parts, equation=equation)

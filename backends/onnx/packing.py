@@ -1,0 +1,218 @@
+"""How a numeric format lies in the file: exactly its bits, widened when the session starts.
+
+onnxruntime multiplies by 4-bit and 8-bit weights (and 2-bit ones on some processors), in blocks of a power of two. A file can
+hold any width nevertheless, since operators on constants run once, when a session is created:
+
+    codes    b bits -> bit planes of 4, 2 and 1 bits, each packed -> `Unpack` -> w = 4 or 8 bits as MatMulNBits reads them
+    scales   float16 [N, G] -> Cast to float32 -> repeated where a group spans several blocks
+    zeros    integer: packed as the codes are; absent: a constant; float: `quantized` adds a correction
+
+So 3 bits cost 3 bits on file and run at the speed, and in the memory, of 4.
+
+Costs: load time (about 3 ms per million weights at widths other than 4 and 8). Refuses nothing: a group size that has no
+power-of-two block of at least 16 is dequantized once, when the session starts (`block` is None).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from lwcompile.backends.onnx.builder import OPSET, OWN, Builder
+from lwcompile.formats import NumericFormat, unpack_bits
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
+
+
+def width_of(bits: int) -> int:
+    """The code width that the runtime computes with."""
+    return 4 if bits <= 4 else 8
+
+
+def planes(bits: int) -> list[int]:
+    """Widths of the bit planes that `bits` is a sum of, the low bits first."""
+    return [plane for plane in (4, 2, 1) if bits & plane]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The layout of one weight [rows, in_features] in a format: what `price` counts and `quantized` writes."""
+
+    format: NumericFormat
+    rows: int
+    in_features: int
+
+    @classmethod
+    def of(cls, format: NumericFormat, shape: Sequence[int]) -> Storage:
+        return cls(format, math.prod(shape[:-1]), shape[-1])
+
+    @property
+    def width(self) -> int:
+        return width_of(self.format.bits)
+
+    @property
+    def groups(self) -> int:
+        return self.format.groups(self.in_features)
+
+    @property
+    def block(self) -> int | None:
+        """The runtime's block size; None where no power of two fits the groups."""
+        if self.groups > 1:
+            power = math.gcd(self.format.group(self.in_features), LARGEST_BLOCK)
+            return power if power >= SMALLEST_BLOCK else None
+        sizes = [1 << e for e in range(4, 9)]
+        return min(sizes, key=lambda size: (-(-self.in_features // size) * size, -size))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks per row; where there is one group, as many as cover the row."""
+        return -(-self.in_features // self.block) if self.block else self.groups
+
+    @property
+    def repeats(self) -> int:
+        """Blocks per group, the last group's included."""
+        if not self.block or self.groups == 1:
+            return self.blocks if self.block else 1
+        return self.format.group(self.in_features) // self.block
+
+    @property
+    def columns(self) -> int:
+        """Codes per row, padded to whole blocks."""
+        return self.blocks * self.block if self.block else -(-self.in_features // 16) * 16
+
+    @property
+    def zero_columns(self) -> int:
+        """Zero points per row, padded to whole bytes where the runtime reads them as they are stored."""
+        per_byte = 8 // self.width
+        return -(-self.groups // per_byte) * per_byte if self.repeats == 1 and self.block else self.groups
+
+    @property
+    def code_bytes(self) -> int:
+        return packed_bytes(self.rows * self.columns, self.format.bits, self.width)
+
+    @property
+    def zero_bytes(self) -> int:
+        if self.format.zero_point == "none":
+            return 0
+        if self.format.zero_point == "float":
+            return self.scale_bytes
+        return packed_bytes(self.rows * self.zero_columns, self.format.bits, self.zero_width)
+
+    @property
+    def zero_width(self) -> int:
+        """Zero points that are repeated over blocks are unpacked to one per byte first."""
+        return self.width if self.repeats == 1 and self.block else 8
+
+    @property
+    def scale_bytes(self) -> int:
+        return self.rows * self.groups * self.format.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.code_bytes + self.scale_bytes + self.zero_bytes
+
+
+def packed_bytes(count: int, bits: int, width: int) -> int:
+    """Bytes of `count` codes: whole runs of 8 bytes of width-`width` codes, times bits over width."""
+    words = -(-count * width // 64)
+    return words * bits * 8 // width
+
+
+def pack_planes(codes: Tensor, bits: int, width: int) -> Tensor:
+    """uint8 codes (any shape, row-major) -> uint8 [packed_bytes]: what `unpack` turns into codes of `width` bits.
+
+    The codes are first laid out as the runtime wants them, low nibble first; then each plane's bits of that byte string are
+    gathered: piece m of the string goes to bits m*plane.. of the plane's bytes.
+    """
+    flat = codes.reshape(-1)
+    flat = torch.nn.functional.pad(flat, (0, packed_bytes(len(flat), width, width) * 8 // width - len(flat)))
+    target = flat if width == 8 else flat[0::2] | (flat[1::2] << 4)
+    if bits == width:
+        return target.contiguous()
+    parts, shift = [], 0
+    for plane in planes(bits):
+        pieces = (target.reshape(width // plane, -1) >> shift) & _mask(plane, width)
+        packed = torch.zeros_like(pieces[0])
+        for m, piece in enumerate(pieces):
+            packed |= piece << (plane * m)
+        parts.append(packed)
+        shift += plane
+    return torch.cat(parts)
+
+
+def _mask(plane: int, width: int) -> int:
+    ones = (1 << plane) - 1
+    return ones if width == 8 else ones * 0x11
+
+
+def unpack_function(bits: int, width: int) -> ir.Function:
+    """`Unpack(packed, shape) -> codes of `width` bits`, the inverse of `pack_planes`."""
+    uint8 = ir.DataType.UINT8
+    packed = ir.Value(name="packed", type=ir.TensorType(uint8))
+    shape = ir.Value(name="shape", type=ir.TensorType(ir.DataType.INT64))
+    body = _FunctionBody()
+    widths, shift = planes(bits), 0
+    rows = body.op("Reshape", packed, body.ints([bits, -1]), dtype=uint8)
+    split = body.ops("Split", rows, body.ints(widths), outputs=len(widths), axis=0, dtype=uint8) if len(widths) > 1 else (rows,)
+    whole: ir.Value | None = None
+    for plane, part in zip(widths, split):
+        moves = body.constant([[plane * m] for m in range(width // plane)], uint8)
+        codes = body.op("BitShift", body.op("Reshape", part, body.ints([1, -1])), moves, direction="RIGHT")
+        codes = body.op("BitwiseAnd", codes, body.constant(_mask(plane, width), uint8))
+        if shift:
+            codes = body.op("BitShift", codes, body.constant(shift, uint8), direction="LEFT")
+        codes = body.op("Reshape", codes, body.ints([-1]))
+        whole = codes if whole is None else body.op("BitwiseOr", whole, codes)
+        shift += plane
+    assert whole is not None
+    return body.function(f"Unpack{bits}to{width}", [packed, shape], body.op("Reshape", whole, shape))
+
+
+def nibbles_function() -> ir.Function:
+    """`PackNibbles(codes [N, B]) -> [N, ceil(B/2)]`: one code per byte -> two, the first one low."""
+    uint8, int32 = ir.DataType.UINT8, ir.DataType.INT32
+    codes = ir.Value(name="codes", type=ir.TensorType(uint8))
+    body = _FunctionBody()
+    flat = body.op("Cast", codes, to=int32, dtype=int32)
+    padded = body.op("Pad", flat, body.ints([0, 0, 0, 1]))
+    ends, axis, step = body.ints([1 << 40]), body.ints([1]), body.ints([2])
+    low = body.op("Slice", flat, body.ints([0]), ends, axis, step)
+    high = body.op("Slice", padded, body.ints([1]), ends, axis, step)
+    both = body.op("Add", low, body.op("Mul", high, body.constant(16, int32)))
+    return body.function("PackNibbles", [codes], body.op("Cast", both, to=uint8, dtype=uint8))
+
+
+class _FunctionBody(Builder):
+    """A builder whose constants are nodes: functions have no initializers."""
+
+    def initializer(self, name: str, tensor: ir.Tensor) -> ir.Value:
+        return self.op("Constant", value=ir.AttrTensor("value", tensor), dtype=tensor.dtype)
+
+    def function(self, name: str, inputs: list[ir.Value], output: ir.Value) -> ir.Function:
+        graph = ir.Graph(inputs, [output], nodes=self.nodes, opset_imports={"": OPSET}, name=name)
+        return ir.Function(OWN, name, graph=graph, attributes=[])
+
+
+def stored_codes(packed: Tensor, storage: Storage) -> Tensor:
+    """Packed codes as the program stores them -> as the file does."""
+    codes = unpack_bits(packed, storage.format.bits, storage.in_features)
+    codes = torch.nn.functional.pad(codes, (0, storage.columns - storage.in_features))
+    return pack_planes(codes, storage.format.bits, storage.width)
+
+
+def stored_zeros(packed: Tensor, storage: Storage) -> Tensor:
+    """Packed integer zero points as the program stores them -> as the file does."""
+    zeros = unpack_bits(packed, storage.format.bits, storage.groups)
+    zeros = torch.nn.functional.pad(zeros, (0, storage.zero_columns - storage.groups))
+    return pack_planes(zeros, storage.format.bits, storage.zero_width)
+
+
+def centre_byte(storage: Storage) -> int:
+    """A byte of zero points for the symmetric grid: its centre, at the runtime's width."""
+    return storage.format.center * (0x11 if storage.width == 4 else 1)
+

@@ -1,0 +1,239 @@
+"""Quantized weights: `linear(x, dequantize(...), b)` and `embedding(dequantize(...), ids)` -> packed operators.
+
+    linear      MatMulNBits(x, codes, scales, zeros, b)
+    embedding   GatherBlockQuantized(codes, ids, scales, zeros)
+    elsewhere   (codes - zeros) * scales, once, when the session starts
+
+Two readers of one weight (a tied embedding and head) read the same initializers. A float zero point z is the centre c of the
+grid plus a correction, since kernels take none:  x @ ((q - z) s)^T = x @ ((q - c) s)^T + blocksum(x) @ ((c - z) s)^T.
+Source: com.microsoft contrib operators of onnxruntime; `packing` for the layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+
+from lwcompile.backends.onnx.builder import MICROSOFT, Builder
+from lwcompile.backends.onnx.packing import (
+    Storage,
+    centre_byte,
+    nibbles_function,
+    stored_codes,
+    stored_zeros,
+    unpack_function,
+)
+from lwcompile.formats import NumericFormat
+from lwcompile.graph import ModelGraph
+
+UINT8, FLOAT, INT64 = ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.INT64
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One `dequantize` call: the names of its tensors, and their layout."""
+
+    storage: Storage
+    codes: str
+    scale: str
+    zero: str | None
+
+    @property
+    def format(self) -> NumericFormat:
+        return self.storage.format
+
+
+def quantized_weight(graph: ModelGraph, node: fx.Node) -> QuantizedWeight | None:
+    """What a `dequantize` call reads; None for any other node, and if it does not read stored tensors."""
+    if node.target is not torch.ops.lwcompile.dequantize.default:
+        return None
+    codes, scale, zero, bits, group_size, in_features = node.args
+    reads = [n for n in (codes, scale, zero) if n is not None]
+    if any(not isinstance(n, fx.Node) or n.op != "get_attr" for n in reads):
+        return None
+    names = [str(n.target) for n in reads if isinstance(n, fx.Node)]
+    shape, dtype = graph.store.shape(graph.tensors[names[1]]), graph.store.dtype(graph.tensors[names[1]])
+    kind = "none" if zero is None else "integer" if graph.store.dtype(graph.tensors[names[2]]) == torch.uint8 else "float"
+    format = NumericFormat(bits, group_size, kind, "float16" if dtype == torch.float16 else "float32")  # type: ignore[arg-type]
+    storage = Storage.of(format, (shape[0], in_features))  # type: ignore[arg-type]
+    return QuantizedWeight(storage, names[0], names[1], names[2] if zero is not None else None)
+
+
+class Quantized:
+    """Writes quantized weights into a builder, each stored tensor once per entry of the store."""
+
+    def __init__(self, builder: Builder, graph: ModelGraph, accuracy_level: int) -> None:
+        self.b, self.graph, self.accuracy_level = builder, graph, accuracy_level
+        self._bound: dict[tuple[str, Storage], str] = {}
+
+    # --- operators
+
+    def linear(self, x: ir.Value, weight: QuantizedWeight, bias: ir.Value | None, rank: int) -> ir.Value | None:
+        """x [..., K] -> [..., N]; None where no packed kernel fits."""
+        s = weight.storage
+        if s.block is None:
+            return None
+        y = self.b.op(
+            "MatMulNBits", x, self.codes(weight, (s.rows, s.blocks, s.block * s.width // 8)), self.scales(weight),
+            self.zeros(weight), None, bias, domain=MICROSOFT, K=s.in_features, N=s.rows, bits=s.width,
+            block_size=s.block, accuracy_level=self.accuracy_level,
+        )  # fmt: skip
+        if s.format.zero_point != "float":
+            return y
+        sums = self.group_sums(x, s, rank)
+        return self.b.op("Add", y, self.b.op("MatMul", sums, self.b.op("Transpose", self.offsets(weight), perm=[1, 0])))
+
+    def group_sums(self, x: ir.Value, s: Storage, rank: int) -> ir.Value:
+        """x [..., K] -> sums over each group of channels, [..., G]."""
+        b = self.b
+        if s.groups == 1:
+            return b.op("ReduceSum", x, b.ints([-1]), keepdims=1)
+        group = s.format.group(s.in_features)
+        if pad := s.groups * group - s.in_features:
+            x = b.op("Pad", x, b.ints([0] * (2 * rank - 1) + [pad]))
+        split = b.op("Reshape", x, b.ints([0] * (rank - 1) + [s.groups, group]))
+        return b.op("ReduceSum", split, b.ints([-1]), keepdims=0)
+
+    def embedding(self, weight: QuantizedWeight, ids: ir.Value, rank: int) -> ir.Value | None:
+        """ids [...] -> [..., K]; None where no packed kernel fits."""
+        b, s = self.b, weight.storage
+        if s.block is None:
+            return None
+        rows = b.op(
+            "GatherBlockQuantized", self.codes(weight, (s.rows, s.columns * s.width // 8)), ids, self.scales(weight),
+            self.zeros(weight), domain=MICROSOFT, bits=s.width, block_size=s.block, gather_axis=0, quantize_axis=1, dtype=FLOAT,
+        )  # fmt: skip
+        if s.columns != s.in_features:
+            rows = b.op("Slice", rows, b.ints([0]), b.ints([s.in_features]), b.ints([-1]))
+        if s.format.zero_point != "float":
+            return rows
+        offsets = b.op("Gather", self.offsets(weight), ids, axis=0)
+        group = s.format.group(s.in_features)
+        spread = b.op("Expand", b.op("Unsqueeze", offsets, b.ints([-1])), b.ints([1, group]))
+        flat = b.op("Reshape", spread, b.ints([0] * rank + [-1]))
+        if s.groups * group != s.in_features:
+            flat = b.op("Slice", flat, b.ints([0]), b.ints([s.in_features]), b.ints([-1]))
+        return b.op("Add", rows, flat)
+
+    def dense(self, weight: QuantizedWeight) -> ir.Value:
+        """The float32 weight [N, K], computed from what is stored."""
+        b, s = self.b, weight.storage
+        group = s.format.group(s.in_features)
+        codes = b.cast(self.codes(weight, (s.rows, s.columns), width=8), FLOAT)
+        padded = s.groups * group
+        if padded < s.columns:
+            codes = b.op("Slice", codes, b.ints([0]), b.ints([padded]), b.ints([1]))
+        elif padded > s.columns:
+            codes = b.op("Pad", codes, b.ints([0, 0, 0, padded - s.columns]))
+        split = b.op("Reshape", codes, b.ints([s.rows, s.groups, group]))
+        scale, zero = (b.op("Unsqueeze", v, b.ints([2])) for v in (self.group_scales(weight), self.group_zeros(weight)))
+        value = b.op("Mul", b.op("Sub", split, zero), scale)
+        flat = b.op("Reshape", value, b.ints([s.rows, padded]))
+        return flat if padded == s.in_features else b.op("Slice", flat, b.ints([0]), b.ints([s.in_features]), b.ints([1]))
+
+    # --- stored tensors as the runtime reads them
+
+    def codes(self, weight: QuantizedWeight, shape: tuple[int, ...], width: int | None = None) -> ir.Value:
+        s = weight.storage
+        stored = self._stored(weight.codes, s, s.code_bytes, lambda t: stored_codes(t, s))
+        return self._widened(stored, s.format.bits, s.width, width or s.width, shape)
+
+    def scales(self, weight: QuantizedWeight) -> ir.Value:
+        """float32 [N, blocks]."""
+        return self._repeated(self.group_scales(weight), weight.storage)
+
+    def group_scales(self, weight: QuantizedWeight) -> ir.Value:
+        """float32 [N, G]."""
+        return self.b.cast(self._float(weight.scale), FLOAT)
+
+    def zeros(self, weight: QuantizedWeight) -> ir.Value | None:
+        """Packed [N, bytes] as the kernels read them; None where the runtime's default is the centre already."""
+        b, s = self.b, weight.storage
+        if s.format.zero_point != "integer":
+            if s.format.bits == s.width:
+                return None
+            shape = b.ints([s.rows, -(-s.blocks * s.width // 8)])
+            return b.op("ConstantOfShape", shape, value=ir.tensor([centre_byte(s)], dtype=UINT8, name="centre"), dtype=UINT8)
+        assert weight.zero is not None
+        stored = self._stored(weight.zero, s, s.zero_bytes, lambda t: stored_zeros(t, s))
+        if s.repeats == 1:
+            return self._widened(stored, s.format.bits, s.width, s.width, (s.rows, s.zero_columns * s.width // 8))
+        zeros = self._repeated(self._widened(stored, s.format.bits, 8, 8, (s.rows, s.groups)), s)
+        return zeros if s.width == 8 else b.call("PackNibbles", nibbles_function, zeros, dtype=UINT8)
+
+    def group_zeros(self, weight: QuantizedWeight) -> ir.Value:
+        """float32 zero points [N, G]."""
+        b, s = self.b, weight.storage
+        if s.format.zero_point == "float":
+            assert weight.zero is not None
+            return b.cast(self._float(weight.zero), FLOAT)
+        if s.format.zero_point == "none":
+            return b.constant([[float(s.format.center)]], FLOAT)
+        assert weight.zero is not None
+        stored = self._stored(weight.zero, s, s.zero_bytes, lambda t: stored_zeros(t, s))
+        zeros = self._widened(stored, s.format.bits, s.zero_width, 8, (s.rows, s.zero_columns))
+        if s.zero_columns != s.groups:
+            zeros = b.op("Slice", zeros, b.ints([0]), b.ints([s.groups]), b.ints([1]))
+        return b.cast(zeros, FLOAT)
+
+    def offsets(self, weight: QuantizedWeight) -> ir.Value:
+        """(centre - zero) * scale, float32 [N, G]: what float zero points add to each group."""
+        b = self.b
+        centre = b.constant(float(weight.format.center), FLOAT)
+        return b.op("Mul", b.op("Sub", centre, self.group_zeros(weight)), self.group_scales(weight))
+
+    # --- bytes
+
+    def _stored(self, name: str, storage: Storage, nbytes: int, convert) -> ir.Value:
+        key = self.graph.tensors[name]
+        bound = self._bound.setdefault((key, storage), name if name not in self.b.initializers else self.b.fresh(name))
+        return self.b.stored(bound, lambda: convert(self.graph.store[key]), (nbytes,), torch.uint8)
+
+    def _float(self, name: str) -> ir.Value:
+        key = self.graph.tensors[name]
+        bound = self._bound.setdefault((key, None), name)  # type: ignore[arg-type]
+        store = self.graph.store
+
+        def read() -> Tensor:
+            return store[key]
+
+        return self.b.stored(bound, read, store.shape(key), store.dtype(key))
+
+    def _widened(self, stored: ir.Value, bits: int, stored_width: int, width: int, shape: tuple[int, ...]) -> ir.Value:
+        """Stored bytes -> a tensor of this shape with codes of `width` bits."""
+        b = self.b
+        count = shape[0] * shape[1] * (shape[2] if len(shape) > 2 else 1)
+        if width != stored_width:
+            flat = self._nibbles(self._widened(stored, bits, stored_width, stored_width, (-(-count // 16) * 8, 1)))
+            return b.op("Reshape", self._cut(flat, count), b.ints(shape))
+        total = -(-count // 8) * 8
+        if bits != width:
+            flat = b.call(f"Unpack{bits}to{width}", lambda: unpack_function(bits, width), stored, b.ints(shape if total == count else [-1]), dtype=UINT8)
+            return flat if total == count else b.op("Reshape", self._cut(flat, count), b.ints(shape))
+        return b.op("Reshape", stored if total == count else self._cut(stored, count), b.ints(shape))
+
+    def _cut(self, flat: ir.Value, count: int) -> ir.Value:
+        return self.b.op("Slice", flat, self.b.ints([0]), self.b.ints([count]), self.b.ints([0]))
+
+    def _nibbles(self, packed: ir.Value) -> ir.Value:
+        """Bytes [M, 1] -> their two nibbles, low first, [2 M]."""
+        b = self.b
+        moves = b.constant([[0, 4]], UINT8)
+        pairs = b.op("BitwiseAnd", b.op("BitShift", packed, moves, direction="RIGHT"), b.constant(15, UINT8))
+        return b.op("Reshape", pairs, b.ints([-1]))
+
+    def _repeated(self, value: ir.Value, s: Storage) -> ir.Value:
+        """[N, G] -> [N, blocks], each group's value once per block."""
+        if s.repeats == 1:
+            return value
+        b = self.b
+        if s.groups == 1:
+            return b.op("Expand", value, b.ints([s.rows, s.blocks]))
+        spread = b.op("Expand", b.op("Unsqueeze", value, b.ints([2])), b.ints([s.rows, s.groups, s.repeats]))
+        flat = b.op("Reshape", spread, b.ints([s.rows, s.groups * s.repeats]))
+        if s.groups * s.repeats == s.blocks:
+            return flat
+        return b.op("Slice", flat, b.ints([0]), b.ints([s.blocks]), b.ints([1]))
