@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lwcompile.budget import Budget
 from lwcompile.contract import Allocator, configure
 from lwcompile.errors import BadPlan, InfeasibleBudget
-from lwcompile.passes.allocate.greedy import Greedy
+from lwcompile.passes.allocate.greedy import Greedy, State
 from lwcompile.passes.allocate.integer_program import IntegerProgram
 from lwcompile.spec import KEEP, Spec
 from lwcompile.table import Choice, Evaluation, Exclusion, Group, Options, OptionTable, SiteRow, pareto
@@ -65,7 +65,9 @@ def tables(draw: st.DrawFn) -> OptionTable:
         rows.append(one(f"b{k}.mlp.up", f"b{k}.mlp", 2))
     if draw(st.booleans()):
         groups.append(Group("shared", ("b0.mlp.up", "b1.mlp.up"), draw(st.sampled_from(["tied", "fused"]))))
-    exclusions = [Exclusion("b0.mlp.up", bits(8), "b1.attention.q", bits(8))] if draw(st.booleans()) else []
+    pairs = [("b0.mlp.up", bits(8), "b1.attention.q", bits(8)), ("b0.mlp.up", bits(7), "embedding", bits(8))]
+    pairs += [("b0.attention.q", bits(8), "b1.mlp.up", bits(7)), ("b1.mlp.up", bits(8), "b0.attention", Spec("drop"))]
+    exclusions = [Exclusion(*pair) for pair in pairs if draw(st.booleans())]
     sites = {row.site: row for row in rows}
     if draw(st.booleans()):
         last = rows[-1]
@@ -135,6 +137,29 @@ def test_greedy_is_feasible_and_never_better(table: OptionTable, budget: Budget)
         assert found.damage >= best.damage - 1e-9
     else:
         assert found.bytes >= best.bytes
+
+
+@FAST
+@given(tables(), st.randoms(use_true_random=False))
+def test_each_step_of_greedy_is_worth_what_the_table_says(table: OptionTable, rng: random.Random) -> None:
+    state = State(table, Budget(bytes=1000))
+    for _ in range(12):
+        unit = rng.randrange(len(table.units))
+        steps = dict(state.steps(unit))
+        for options in table.units[unit].options:
+            tried = state.carried | dict.fromkeys(table.units[unit].sites, options)
+            if options in steps:
+                before, after = table.evaluate(state.carried), table.evaluate(tried)
+                assert not table.violations(tried)
+                assert steps[options].damage == pytest.approx(after.damage - before.damage, abs=1e-9)
+                assert steps[options].bytes == after.bytes - before.bytes
+                assert steps[options].dropped == len(after.dropped) - len(before.dropped)
+            elif options != state.carried[table.units[unit].sites[0]]:
+                assert table.violations(tried) or table.evaluate(tried) == table.evaluate(state.carried)  # all silenced
+        if steps:
+            options, change = rng.choice(list(steps.items()))
+            state.take(unit, options, change)
+    assert state.now.bytes == table.evaluate(state.carried).bytes
 
 
 @FAST
