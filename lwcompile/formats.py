@@ -113,9 +113,7 @@ class QuantizedTensor:
     zero: Tensor | None
 
     @classmethod
-    def nearest(
-        cls, weight: Tensor, format: NumericFormat, scale: Tensor, zero: Tensor | None = None
-    ) -> QuantizedTensor:
+    def nearest(cls, weight: Tensor, format: NumericFormat, scale: Tensor, zero: Tensor | None = None) -> QuantizedTensor:
         """Round each weight [N, K] to the nearest point of a given grid; `scale` and `zero` are [N, G] floats."""
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         group = format.group(weight.shape[1])

@@ -14,9 +14,7 @@ from lwcompile.formats import row_chunks, to_weights_, unpack_bits
 
 
 @torch.library.custom_op("lwcompile::dequantize", mutates_args=())
-def dequantize(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, in_features: int
-) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, in_features: int) -> Tensor:
     """The float32 weight [N, in_features] of packed codes.
 
     `codes` uint8 [N, ceil(in_features*bits/8)] as `pack_bits` writes them; `scale` float [N, G] with

@@ -16,9 +16,7 @@ class InputStats:
     products are taken in float32.
     """
 
-    def __init__(
-        self, features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         self.features = features
         self.tokens = 0
         self.weight = 0.0
