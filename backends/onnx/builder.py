@@ -41,6 +41,11 @@ def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
     return _DTYPES[dtype]
 
 
+def _key(value: Any) -> Any:
+    """An attribute's value as part of a node's identity."""
+    return tuple(value) if isinstance(value, list) else value.tobytes() if isinstance(value, ir.Tensor) else value
+
+
 @dataclass(frozen=True)
 class Size:
     """A number that follows the inputs: a tensor of one element, int64 unless the graph computes with fractions of sizes."""
@@ -75,7 +80,7 @@ class Builder:
     ) -> tuple[ir.Value, ...]:
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
-        frozen = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(attrs.items()))
+        frozen = tuple((k, _key(v)) for k, v in sorted(attrs.items()))
         key = (domain, kind, tuple(id(i) for i in inputs), frozen, outputs, dtype)
         if key not in self._made:
             attributes = ir.convenience.convert_attributes({k: v for k, v in attrs.items() if v is not None})

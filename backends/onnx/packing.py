@@ -191,7 +191,7 @@ class _FunctionBody(Builder):
     """A builder whose constants are nodes: functions have no initializers."""
 
     def initializer(self, name: str, tensor: ir.Tensor) -> ir.Value:
-        return self.op("Constant", value=ir.AttrTensor("value", tensor), dtype=tensor.dtype)
+        return self.op("Constant", value=tensor, dtype=tensor.dtype)
 
     def function(self, name: str, inputs: list[ir.Value], output: ir.Value) -> ir.Function:
         graph = ir.Graph(inputs, [output], nodes=self.nodes, opset_imports={"": OPSET}, name=name)

@@ -71,7 +71,7 @@ class Quantized:
 
     # --- operators
 
-    def linear(self, x: ir.Value, weight: QuantizedWeight, bias: ir.Value | None, rank: int) -> ir.Value | None:
+    def linear(self, weight: QuantizedWeight, x: ir.Value, bias: ir.Value | None, rank: int) -> ir.Value | None:
         """x [..., K] -> [..., N]; None where no packed kernel fits."""
         s = weight.storage
         if s.block is None:
