@@ -22,6 +22,7 @@ from lwcompile.contract import TransformPass
 from lwcompile.errors import Refused
 from lwcompile.graph import ModelGraph
 from lwcompile.site import SUBLAYER_KINDS, Site, SiteKind
+from lwcompile.structure import NORMS
 
 aten = torch.ops.aten
 
@@ -50,8 +51,9 @@ class Drop(TransformPass):
     def _drop(self, graph: ModelGraph, site: Site) -> None:
         add, rest = self._add(graph, site)
         after = add
-        if site.end != add.name and (norm := _named(graph, site.end)) is not None and norm.args[0] is add:
-            after = norm
+        end = _named(graph, site.end)
+        if end is not None and end.target in NORMS and end.args[0] is add:
+            after = end
         after.replace_all_uses_with(rest)
         graph.graph.erase_node(after)
         if after is not add:
@@ -71,8 +73,7 @@ class Drop(TransformPass):
         if not isinstance(rest, fx.Node) or rest is branch:
             raise Refused("its residual add has no other operand", site=site.id)
         end = _named(graph, site.end)
-        parallel = end is not None and end.target is not aten.add.Tensor and end.args[0] is not add
-        if parallel and end is not add:
+        if end is not None and end.target in NORMS and end.args[0] is not add:
             raise Refused("it is one of several parallel branches under one norm", site=site.id)
         return add, rest
 
