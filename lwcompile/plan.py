@@ -288,7 +288,7 @@ def _block(key: str, value: Any) -> str:
         text = yaml.safe_dump({key: value}, sort_keys=False, default_flow_style=False, allow_unicode=unicode, width=math.inf)
         if yaml.safe_load(text) == {key: value}:
             break
-    return text.rstrip()
+    return text.rstrip("\n")
 
 
 def _comment(table: OptionTable | None, site: str, options: Options) -> str:
