@@ -1,15 +1,14 @@
 """A model as a tree: entry points, residual streams, blocks, sublayers, weights, with parameters and bytes.
 
-    view = look(program)              # plain data, JSON-able
-    rich.print(tree(view))            # for the terminal; equal blocks in a row are one line unless `full`
-    html(view)                        # the same as a drawing: the stream, and what branches off it
+view = look(program)              # plain data, JSON-able
+rich.print(tree(view))            # for the terminal; equal blocks in a row are one line unless `full`
+html.diagram.draw(view)           # the same as a drawing: the stream, and what branches off it
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -64,11 +63,12 @@ class _Looker:
         self.program, self.structure, self.store = program, structure, program.store
         self.tied = {id: [other for other in ids if other != id] for ids in structure.tied for id in ids}
 
-    def count(self, keys: Iterable[str]) -> dict[str, int]:
+    def count(self, keys: Iterable[str]) -> tuple[int, int]:
+        """Parameters and bytes of stored tensors."""
         held = set(keys)
         floats = {key for key in held if self.store.dtype(key).is_floating_point}
         parameters = sum(self.store.nbytes(key) // self.store.dtype(key).itemsize for key in floats)
-        return {"parameters": parameters, "bytes": sum(self.store.nbytes(key) for key in held)}
+        return parameters, sum(self.store.nbytes(key) for key in held)
 
     def keys(self, entry: str, nodes: Iterable[Any]) -> set[str]:
         """The stored tensors that nodes read."""
@@ -80,7 +80,7 @@ class _Looker:
         entries = tuple(self.entry_part(entry) for entry in self.program.entries)
         children = entries if several else entries[0].children
         return Part(
-            self.program.name, "program", **self.count(self.program.keys()), note=self.program.task, children=children,
+            self.program.name, "program", *self.count(self.program.keys()), note=self.program.task, children=children,
         )  # fmt: skip
 
     def entry_part(self, entry: str) -> Part:
@@ -95,10 +95,14 @@ class _Looker:
         claimed = {key for stream in streams for key in self.stream_keys(stream)}
         claimed |= {key for site in top for key in self.keys(entry, [graph.node(site.node)])}
         rest = set(graph.tensors.values()) - claimed
-        other = [Part(_tensors(len(rest)), "other", **self.count(rest), note="read outside of every site")] if rest else []
-        none = [] if streams else [Part("no residual stream", "stream", note="nothing here is added back to what it was computed from")]
+        other = [Part(_tensors(len(rest)), "other", *self.count(rest), note="read outside of every site")] if rest else []
+        none = (
+            []
+            if streams
+            else [Part("no residual stream", "stream", note="nothing here is added back to what it was computed from")]
+        )
         children = (*shown[0], *none, *middle, *shown[1], *other)
-        return Part(entry, "entry", **self.count(graph.tensors.values()), children=children)
+        return Part(entry, "entry", *self.count(graph.tensors.values()), children=children)
 
     def stream_keys(self, stream: Stream) -> set[str]:
         nodes = [node for block in stream.blocks for sub in block for node in (*sub.nodes, sub.end)]
@@ -108,35 +112,38 @@ class _Looker:
         blocks = tuple(self.block_part(stream, n, block) for n, block in enumerate(stream.blocks))
         final = []
         if stream.final_norm is not None:
-            found = next((s.id for s in self.structure.sites.values() if s.entry == stream.entry and s.node == stream.final_norm.name), None)
+            found = next(
+                (s.id for s in self.structure.sites.values() if s.entry == stream.entry and s.node == stream.final_norm.name),
+                None,
+            )
             final = [self.weight_part(found)] if found else []
         kinds = dict.fromkeys(sub.norm for block in blocks for sub in block.children if sub.norm)
         words = list(kinds) or ["no norms"]
         if any("parallel" in sub.note for block in blocks for sub in block.children):
             words.append("parallel branches")
         name = f"{stream.prefix.rstrip('.')} residual stream".strip()
-        return Part(name, "stream", **self.count(self.stream_keys(stream)), note=", ".join(words), children=(*blocks, *final))
+        return Part(name, "stream", *self.count(self.stream_keys(stream)), note=", ".join(words), children=(*blocks, *final))
 
     def block_part(self, stream: Stream, number: int, block: Sequence[Sublayer]) -> Part:
         id = f"{stream.prefix}block{number}"
         ids = [site.id for site in self.structure.children(id)]
         adds = [sub.add for sub in block]
-        parts = []
+        parts: list[Part] = []
         for site, sub in zip(ids, block):
             notes = ["reads another stream"] if sub.cross else []
             if adds.count(sub.add) > 1:
                 notes.append("parallel: reads and adds where its neighbour does")
             below = tuple(self.weight_part(child.id) for child in self.structure.children(site))
             count = self.count(self.keys(stream.entry, {*sub.nodes, sub.end}))
-            parts.append(Part(site, sub.kind, **count, note="; ".join(notes), norm=_norm_of(sub), children=below))
+            parts.append(Part(site, sub.kind, *count, note="; ".join(notes), norm=_norm_of(sub), children=below))
         nodes = {node for sub in block for node in (*sub.nodes, sub.end)}
-        return Part(id, "block", **self.count(self.keys(stream.entry, nodes)), children=tuple(parts))
+        return Part(id, "block", *self.count(self.keys(stream.entry, nodes)), children=tuple(parts))
 
     def weight_part(self, id: str) -> Part:
         site = self.structure.sites[id]
         node = self.program.entries[site.entry].node(site.node)
         note = f"tied to {', '.join(self.tied[id])}" if id in self.tied else ""
-        return Part(id, site.kind, **self.count(self.keys(site.entry, [node])), shape=site.shape, note=note)
+        return Part(id, site.kind, *self.count(self.keys(site.entry, [node])), shape=site.shape, note=note)
 
 
 def _norm_of(sub: Sublayer) -> str:
@@ -145,7 +152,9 @@ def _norm_of(sub: Sublayer) -> str:
 
     reads_skip = any(node.target in NORMS and node.args[0] is sub.skip for node in sub.nodes)
     ends_in_norm = sub.post_norm or sub.branch.target in NORMS
-    return "pre- and post-norm" if reads_skip and ends_in_norm else "pre-norm" if reads_skip else "post-norm" if ends_in_norm else ""
+    return (
+        "pre- and post-norm" if reads_skip and ends_in_norm else "pre-norm" if reads_skip else "post-norm" if ends_in_norm else ""
+    )
 
 
 def _tensors(n: int) -> str:
@@ -213,56 +222,3 @@ def format_count(n: int) -> str:
         if n >= scale:
             return f"{n / scale:.4g}{unit}"
     return f"{n:,}"
-
-
-# --- the drawing
-
-
-def html(view: Part) -> str:
-    """One self-contained page."""
-    from lwcompile.html import page
-
-    size = f"{format_count(view.parameters)} parameters, {format_size(view.bytes)}"
-    head = f"<header><h1>{escape(view.id)}</h1><p class='soft'>{escape(view.note)} · {size}</p></header>"
-    return page("inspect", view.id, None, f"<div class='sheet'>{head}{_draw_children(view, max(view.bytes, 1))}</div>")
-
-
-def _draw_children(part: Part, whole: int) -> str:
-    return "".join(_draw(child, part, whole) for child in collapse(part.children))
-
-
-def _draw(part: Part, parent: Part, whole: int) -> str:
-    name = escape(part.id.removeprefix(parent.id).removeprefix("."))
-    facts = f"<span class='soft small'>{format_count(part.parameters)} · {format_size(part.bytes)}</span>" if part.bytes else ""
-    notes = "".join(f"<span class='note'>{escape(note)}</span>" for note in (part.norm, part.note) if note)
-    if part.kind == "entry":
-        return f"<section class='entry'><h2>{name} {facts}</h2>{_draw_children(part, whole)}</section>"
-    if part.kind == "stream":
-        body = _draw_children(part, whole)
-        return f"<div class='flow'><h2>{escape(part.id)} {facts}{notes}</h2>{f'<div class=stream>{body}</div>' if body else ''}</div>"
-    if part.kind == "block":
-        title = f"{escape(part.id)} … {escape(part.last)} <b class='times'>{part.repeat} ×</b>" if part.repeat > 1 else escape(part.id)
-        stack = " many" if part.repeat > 1 else ""
-        return f"<div class='block{stack}'><h3>{title} {facts}</h3>{_draw_sublayers(part, whole)}</div>"
-    shape = f"<span class='mono'>{' × '.join(map(str, part.shape))}</span>" if part.shape else ""
-    bar = f"<i class='bar' style='width:{max(2.0, 100 * (part.bytes / whole) ** 0.5):.1f}%'></i>"
-    return f"<div class='weight {escape(part.kind)}'><b>{name}</b> {shape} {facts}{notes}{bar}</div>"
-
-
-def _draw_sublayers(block: Part, whole: int) -> str:
-    """Branches in order; those that leave and join at one place side by side."""
-    rows: list[list[Part]] = []
-    for sub in block.children:
-        together = rows and sub.note.startswith("parallel") and rows[-1][-1].note.startswith("parallel")
-        rows[-1].append(sub) if together else rows.append([sub])
-    made = []
-    for row in rows:
-        boxes = "".join(
-            f"<div class='sublayer {escape(sub.kind)}'><h4>{escape(sub.id.removeprefix(block.id + '.'))}"
-            f" <span class='soft small'>{format_count(sub.parameters)} · {format_size(sub.bytes)}</span>"
-            f"{''.join(f'<span class=note>{escape(n)}</span>' for n in (sub.norm, sub.note) if n)}</h4>{_draw_children(sub, whole)}</div>"
-            for sub in row
-        )
-        after = "<span class='after'>norm</span>" if row[0].norm == "post-norm" else ""
-        made.append(f"<div class='branch'>{boxes}<span class='join'>+</span>{after}</div>")
-    return "".join(made)

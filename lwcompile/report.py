@@ -124,7 +124,13 @@ class Report:
         model = self.data["model"]
         kept = {key: self.data[key] for key in keys if key in self.data}
         sizes = {key: value for key, value in self.data.get("bytes", {}).items() if key != "parts"}
-        return {"model": model["name"], "parameters": model["parameters"], "dense_bytes": model["dense_bytes"], "bytes": sizes, **kept}
+        return {
+            "model": model["name"],
+            "parameters": model["parameters"],
+            "dense_bytes": model["dense_bytes"],
+            "bytes": sizes,
+            **kept,
+        }
 
 
 def _point(found: dict[str, Any]) -> dict[str, Any]:
@@ -239,4 +245,3 @@ class _Tree:
             found["scales"] += choice.bytes - codes
         found["rest"] = total - sum(found.values())
         return {part: found[part] for part in PARTS if found[part] > 0}
-

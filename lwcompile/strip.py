@@ -6,6 +6,7 @@ block was. Without colour (a pipe, `NO_COLOR`) each half cell is a digit: its bi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def bits_colour(bits: float) -> str:
         return FLOAT
     if bits <= SCALE[0][0]:
         return SCALE[0][1]
-    for (low, a), (high, b) in zip(SCALE, SCALE[1:]):
+    for (low, a), (high, b) in itertools.pairwise(SCALE):
         if bits <= high:
             return _mix(a, b, (bits - low) / (high - low))
     return SCALE[-1][1]
@@ -157,7 +158,9 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     perplexity = _get(report, "evaluation", "compressed", "perplexity")
     if perplexity:
         dense = _get(report, "evaluation", "dense", "perplexity")
-        rows.append(("perplexity", f"{value_of(dense):.2f}" if dense else "", f"{value_of(perplexity):.2f}", _interval(perplexity)))
+        rows.append(
+            ("perplexity", f"{value_of(dense):.2f}" if dense else "", f"{value_of(perplexity):.2f}", _interval(perplexity))
+        )
     if agreement := _get(report, "evaluation", "compressed", "agreement"):
         rows.append(("agreement", "", f"{100 * value_of(agreement):.1f} %", "of most likely tokens"))
     for key, label in (("prefill_ms", "prefill"), ("decode_ms", "decode a token")):

@@ -1,3 +1,4 @@
+# ruff: noqa: E501, RUF005
 """A report as a 30-block language model would leave it: numbers from a seed, not from a model."""
 
 from __future__ import annotations
@@ -11,8 +12,19 @@ from lwcompile.report import Report
 from lwcompile.spec import KEEP, Spec
 from lwcompile.table import Choice, Group, OptionTable, SiteRow
 
-LINEARS = {"attention": {"q_proj": 1.0, "k_proj": 0.4, "v_proj": 1.6, "o_proj": 1.2}, "mlp": {"gate_proj": 0.9, "up_proj": 1.1, "down_proj": 2.4}}
-SHAPES = {"q_proj": 576 * 576, "k_proj": 192 * 576, "v_proj": 192 * 576, "o_proj": 576 * 576, "gate_proj": 1536 * 576, "up_proj": 1536 * 576, "down_proj": 1536 * 576}
+LINEARS = {
+    "attention": {"q_proj": 1.0, "k_proj": 0.4, "v_proj": 1.6, "o_proj": 1.2},
+    "mlp": {"gate_proj": 0.9, "up_proj": 1.1, "down_proj": 2.4},
+}
+SHAPES = {
+    "q_proj": 576 * 576,
+    "k_proj": 192 * 576,
+    "v_proj": 192 * 576,
+    "o_proj": 576 * 576,
+    "gate_proj": 1536 * 576,
+    "up_proj": 1536 * 576,
+    "down_proj": 1536 * 576,
+}
 WIDTHS = ((2, 64), (3, 64), (4, 32), (4, 64), (4, 128), (5, 64), (6, 64), (8, 64))
 
 
@@ -21,7 +33,11 @@ def _numeric(parameters: int, weight: float, rng: random.Random, odd_refused: bo
     for bits, group in WIDTHS:
         stored = math.ceil(parameters * bits / 8) + parameters // group * 3
         damage = weight * 4e-3 * 4.2 ** (3 - bits) * (group / 64) ** 0.4 * rng.uniform(0.7, 1.4)
-        refused = "the runtime has no 5-bit product, and two supported widths cost more than 6 bits" if odd_refused and bits == 5 else None
+        refused = (
+            "the runtime has no 5-bit product, and two supported widths cost more than 6 bits"
+            if odd_refused and bits == 5
+            else None
+        )
         made.append(Choice(Spec.of("quantize", bits=bits, group_size=group), damage, stored, damage / 12, refused))
     return tuple(made)
 
@@ -35,14 +51,25 @@ def fake_table(blocks: int = 30, seed: int = 0) -> OptionTable:
     for b in range(blocks):
         depth = 1.0 + 4.0 * math.exp(-b / 2) + 2.0 * math.exp(-(blocks - 1 - b) / 1.5)
         block = f"block{b}"
-        rows[block] = SiteRow(block, None, "block", 0, 0, (Choice(Spec("drop"), 0.35 * depth * rng.uniform(0.8, 1.2), 0, silences=True),))
+        rows[block] = SiteRow(
+            block, None, "block", 0, 0, (Choice(Spec("drop"), 0.35 * depth * rng.uniform(0.8, 1.2), 0, silences=True),)
+        )
         for sub, linears in LINEARS.items():
             name = f"{block}.{sub}"
             refused = "its branch is read by an output of the model" if b == 0 else None
-            rows[name] = SiteRow(name, block, sub, 0, 0, (Choice(Spec("drop"), 0.11 * depth * rng.uniform(0.4, 1.9), 0, 0.01, refused, silences=True),))
+            rows[name] = SiteRow(
+                name,
+                block,
+                sub,
+                0,
+                0,
+                (Choice(Spec("drop"), 0.11 * depth * rng.uniform(0.4, 1.9), 0, 0.01, refused, silences=True),),
+            )
             for linear, weight in linears.items():
                 id, count = f"{name}.{linear}", SHAPES[linear]
-                rows[id] = SiteRow(id, name, "linear", count, count * 4, _numeric(count, weight * depth, rng, odd_refused=b % 7 == 3))
+                rows[id] = SiteRow(
+                    id, name, "linear", count, count * 4, _numeric(count, weight * depth, rng, odd_refused=b % 7 == 3)
+                )
         groups.append(Group(f"{block}.qkv", tuple(f"{block}.attention.{p}_proj" for p in "qkv")))
         groups.append(Group(f"{block}.gate_up", (f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj")))
     rows["head"] = SiteRow("head", None, "linear", embedding, embedding * 4, tuple(c for c in _numeric(embedding, 14.0, rng)))
@@ -57,7 +84,9 @@ def fake_plan(table: OptionTable, price: float, drops: tuple[str, ...] = ()) -> 
     for unit in table.units:
         if table.sites[unit.sites[0]].parameters:
             cost = {
-                options: sum(table.sites[s].choice(options).predicted + price * table.sites[s].choice(options).bytes for s in unit.sites)
+                options: sum(
+                    table.sites[s].choice(options).predicted + price * table.sites[s].choice(options).bytes for s in unit.sites
+                )
                 for options in unit.options
                 if options != (KEEP,)
             }
@@ -72,7 +101,10 @@ def fake_report(blocks: int = 30, name: str = "SmolLM2-135M-Instruct") -> Report
     drops = tuple(f"block{b}.attention" for b in (blocks // 2, blocks * 2 // 3)) + (f"block{blocks - 5}",)
     plan = fake_plan(table, 7e-9, drops)
     curve = sorted(
-        (fake_plan(table, 10 ** (-10 + 0.17 * k), tuple(f"block{b}.attention" for b in range(12, 12 + k // 3))) for k in range(20)),
+        (
+            fake_plan(table, 10 ** (-10 + 0.17 * k), tuple(f"block{b}.attention" for b in range(12, 12 + k // 3)))
+            for k in range(20)
+        ),
         key=lambda p: p.bytes or 0,
     )
     damages = [(s, c) for s, row in table.sites.items() for c in row.choices if c.damage > 0 and c.refused is None]

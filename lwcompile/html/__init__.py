@@ -14,7 +14,10 @@ def page(template: str, title: str, data: Any, body: str = "") -> str:
     The script reads the data as text and builds nodes from it, so a site's name cannot become markup.
     """
     folder = files(__name__)
-    text = {name: (folder / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", f"{template}.css", f"{template}.js")}
+    text = {
+        name: (folder / name).read_text(encoding="utf-8")
+        for name in ("page.html", "page.css", f"{template}.css", f"{template}.js")
+    }
     inline = json.dumps(data, ensure_ascii=False, allow_nan=False, default=str, separators=(",", ":"))
     parts = {
         "TITLE": escape(title),

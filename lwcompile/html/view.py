@@ -19,6 +19,19 @@ _SHOWN = {
 }  # fmt: skip
 
 
+_TITLES = {
+    "evaluation": "Evaluation",
+    "speed": "Speed",
+    "parity": "Parity of the written file with the graph",
+    "bytes": "Bytes",
+    "seconds": "Time, in seconds",
+    "calibration": "Calibration",
+    "budget": "Budget",
+    "recipe": "Recipe",
+    "versions": "Versions",
+}
+
+
 def report_view(data: Mapping[str, Any]) -> dict[str, Any]:
     """report.json -> what report.js reads."""
     model = data["model"]
@@ -32,7 +45,8 @@ def report_view(data: Mapping[str, Any]) -> dict[str, Any]:
             "figures": [dict(zip(("what", "before", "after", "note"), row)) for row in summary_rows(data)],
             "scale": {"stops": SCALE, "float": FLOAT},
             "blocks": [
-                {"id": b["id"], "sublayers": [{"id": s["id"], "kind": s["kind"]} for s in b["sublayers"]]} for b in model["blocks"]
+                {"id": b["id"], "sublayers": [{"id": s["id"], "kind": s["kind"]} for s in b["sublayers"]]}
+                for b in model["blocks"]
             ],
             "other": [{"id": part["id"], "kind": part["kind"]} for part in model["other"]],
             "exported": _exported(data, table),
@@ -41,7 +55,9 @@ def report_view(data: Mapping[str, Any]) -> dict[str, Any]:
             "dense": {"bytes": model["dense_bytes"], "parts": data.get("bytes", {}).get("dense_parts") or {}},
             "facets": facets(table) if table else [],
             "scatter": [
-                {**pair, "analysis": analysis["name"]} for analysis in data.get("analyses") or [] for pair in analysis.get("pairs") or []
+                {**pair, "analysis": analysis["name"]}
+                for analysis in data.get("analyses") or []
+                for pair in analysis.get("pairs") or []
             ],
             "analyses": data.get("analyses") or [],
             "remarks": _remarks(data, table),
@@ -65,7 +81,10 @@ def _facts(data: Mapping[str, Any]) -> list[str]:
     if isinstance(recipe, Mapping) and recipe.get("name"):
         words.append(f"recipe {recipe['name']}")
     if budget := data.get("budget"):
-        words.append("budget " + ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in budget.items()))
+        words.append(
+            "budget "
+            + ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in budget.items())
+        )
     if model.get("license"):
         words.append(f"license {model['license']}")
     return words
@@ -74,7 +93,9 @@ def _facts(data: Mapping[str, Any]) -> list[str]:
 def _exported(data: Mapping[str, Any], table: OptionTable | None) -> dict[str, Any]:
     """The plan that was compiled, in the form of a point of the curve."""
     model, sizes = data["model"], data.get("bytes") or {}
-    joined = {site: " + ".join([options] if isinstance(options, str) else options) for site, options in (data.get("plan") or {}).items()}
+    joined = {
+        site: " + ".join([options] if isinstance(options, str) else options) for site, options in (data.get("plan") or {}).items()
+    }
     stored = sum(s["bytes"] for b in model["blocks"] for s in b["sublayers"]) + sum(part["bytes"] for part in model["other"])
     planned = sizes.get("planned") or sizes.get("file") or stored
     strip = [[None if s["dropped"] else s["bits"] for s in block["sublayers"]] for block in model["blocks"]]
@@ -190,30 +211,31 @@ def _remarks(data: Mapping[str, Any], table: OptionTable | None) -> list[dict[st
         for choice in row.choices:
             if choice.refused is not None and (row.site, choice.refused) not in said:
                 numbers = format_options(canonical(choice.options))
-                made.append({"kind": "refused", "pass": choice.option.name, "site": row.site, "text": choice.refused, "numbers": numbers})
+                made.append(
+                    {"kind": "refused", "pass": choice.option.name, "site": row.site, "text": choice.refused, "numbers": numbers}
+                )
     return made
 
 
 def _tables(data: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     """Every other section as rows of key and value, the known ones first and with a title of their own."""
-    titles = {
-        "evaluation": "Evaluation", "speed": "Speed", "parity": "Parity of the written file with the graph", "bytes": "Bytes",
-        "seconds": "Time, in seconds", "calibration": "Calibration", "budget": "Budget", "recipe": "Recipe", "versions": "Versions",
-    }  # fmt: skip
-    rest = [key for key in data if key not in titles and key not in _SHOWN]
-    for key in [*titles, *rest]:
+    rest = [key for key in data if key not in _TITLES and key not in _SHOWN]
+    for key in [*_TITLES, *rest]:
         value = data.get(key)
         if value in (None, {}, [], ""):
             continue
         rows = list(_rows(value)) if isinstance(value, Mapping | list) else [("", _text(value))]
         if key == "bytes":
             rows = [row for row in rows if "parts" not in row[0]]
-        yield {"title": titles.get(key, key.replace("_", " ").capitalize()), "rows": rows}
+        yield {"title": _TITLES.get(key, key.replace("_", " ").capitalize()), "rows": rows}
 
 
 def _rows(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
     if isinstance(value, Mapping) and {"mean", "low", "high"} <= set(value):
-        yield path, f"{_text(value['mean'])} (95 % {_text(value['low'])} to {_text(value['high'])}) {value.get('unit', '')}".rstrip()
+        yield (
+            path,
+            f"{_text(value['mean'])} (95 % {_text(value['low'])} to {_text(value['high'])}) {value.get('unit', '')}".rstrip(),
+        )
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _rows(inner, f"{path} {key}".strip())
@@ -230,4 +252,3 @@ def _text(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.5g}" if isinstance(value, float) else str(value)
-

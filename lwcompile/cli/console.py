@@ -1,0 +1,37 @@
+"""Where output goes: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+
+def out() -> Console:
+    return Console()
+
+
+def err() -> Console:
+    return Console(stderr=True)
+
+
+def show(renderable: RenderableType) -> None:
+    """Print a result. In a pipe lines are as long as they are: cutting them to 80 columns would lose text."""
+    console = out()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 160))
+    console.print(renderable)
+
+
+def show_json(value: Any) -> None:
+    """One JSON document, and nothing else, on stdout."""
+    from lwcompile.report import finite
+
+    sys.stdout.write(json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def note(text: str) -> None:
+    """One line beside the results: where a run is kept, what was assumed."""
+    err().print(text, style="dim", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,129 @@
+"""`inspect`, `report`, `runs`: commands that show what there is."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lwcompile.cli.console import note, show, show_json
+from lwcompile.cli.flags import Json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lwcompile.rundir import RunInfo
+
+
+def register(app: typer.Typer) -> None:
+    app.command("inspect")(inspect_model)
+    app.command()(report)
+    app.command()(runs)
+
+
+def inspect_model(
+    model: Annotated[str, typer.Argument(help="A model as --model takes it.")],
+    html: Annotated[Path | None, typer.Option(help="Draw it into this HTML file too.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Show every block, not runs of equal ones as one.")] = False,
+    json: Json = False,
+) -> None:
+    """Print a model's streams, blocks, sublayers and weights, with parameters and bytes."""
+    from lwcompile.inspect import look, tree
+    from lwcompile.pipeline import capture
+
+    view = look(capture(model))
+    if html is not None:
+        from lwcompile.html.diagram import draw
+        from lwcompile.rundir import write_atomic
+
+        write_atomic(html, draw(view).encode())
+        note(f"wrote {html}")
+    show_json(view.to_json()) if json else show(tree(view, full))
+
+
+def report(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's folder or name; the last run if left out.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the HTML page here too.")] = None,
+    json: Json = False,
+) -> None:
+    """Print what a run came to, and render its HTML page again."""
+    from lwcompile.report import Report
+    from lwcompile.rundir import write_atomic
+    from lwcompile.strip import closing
+
+    folder = find_run(run)
+    found = Report.load(folder)
+    page = found.save(folder) if folder.is_dir() else None
+    if output is not None:
+        write_atomic(output, found.html().encode())
+        page = output
+    if json:
+        return show_json({"report": page, **found.summary()})
+    show(closing(found.data))
+    note(f"report {page}")
+
+
+def runs(
+    names: Annotated[list[str] | None, typer.Argument(help="Only these runs, by name.")] = None,
+    clean: Annotated[bool, typer.Option("--clean", help="Remove them, with everything they have computed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before removing.")] = False,
+    json: Json = False,
+) -> None:
+    """List the runs kept on this machine, or remove them."""
+    from lwcompile.budget import format_size
+    from lwcompile.errors import BadInput
+    from lwcompile.rundir import RunDir, clean_runs, list_runs
+
+    root = RunDir.default_root()
+    found = list_runs(root)
+    if unknown := set(names or ()) - {run.path.name for run in found}:
+        raise BadInput(f"no run is named {min(unknown)} under {root}; `lwcompile runs` lists them")
+    found = [run for run in found if not names or run.path.name in names]
+    if clean:
+        size = format_size(sum(run.bytes for run in found))
+        if found and not yes and not typer.confirm(f"remove {len(found)} runs, {size}?", err=True):
+            raise typer.Exit(1)
+        freed = clean_runs(found)
+        if json:
+            return show_json({"removed": [run.path for run in found], "bytes": freed})
+        return note(f"removed {len(found)} runs, {format_size(freed)}")
+    if json:
+        return show_json([{"path": r.path, "time": r.time, "finished": r.finished, "bytes": r.bytes, **r.facts} for r in found])
+    if not found:
+        return note(f"no runs under {root}")
+    show(_runs_table(found))
+    note(f"under {root}")
+
+
+def _runs_table(found: list[RunInfo]) -> Table:
+    from rich.table import Table
+
+    from lwcompile.budget import format_size
+
+    drawn = Table(box=None, header_style="dim", pad_edge=False)
+    for heading in ("name", "when", "model", "size", ""):
+        drawn.add_column(heading, justify="right" if heading == "size" else "left")
+    for run in found:
+        when = datetime.datetime.fromtimestamp(run.time).strftime("%Y-%m-%d %H:%M") if run.time else ""
+        state = "finished" if run.finished else "not finished"
+        drawn.add_row(run.path.name, when, str(run.facts.get("model", "")), format_size(run.bytes), state)
+    return drawn
+
+
+def find_run(name: str | None) -> Path:
+    """A run by path, by name, or the last finished one."""
+    from lwcompile.errors import BadInput
+    from lwcompile.rundir import RunDir, list_runs
+
+    root = RunDir.default_root()
+    if name is None:
+        finished = [run.path for run in list_runs(root) if run.finished]
+        if not finished:
+            raise BadInput(f"no finished run under {root}; name a run directory")
+        return finished[0]
+    for path in (Path(name), root / name):
+        if path.exists():
+            return path
+    raise BadInput(f"{name} is neither a run directory nor the name of a run under {root}; `lwcompile runs` lists them")

@@ -1,0 +1,141 @@
+"""`export`, `compress`, `analyze`: commands that run the pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lwcompile.cli.console import err, note, show, show_json
+from lwcompile.cli.flags import Budgets, Data, Run, Source, flags, settings
+
+if TYPE_CHECKING:
+    from lwcompile.pipeline import Result
+    from lwcompile.program import Program
+    from lwcompile.table import OptionTable
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(export)
+    app.command()(compress)
+    app.command()(analyze)
+
+
+@flags
+def export(
+    path: Annotated[Path, typer.Argument(help="The file to write, such as model.onnx; its folder becomes loadable.")],
+    source: Source, budget: Budgets, data: Data, run: Run,
+) -> None:  # fmt: skip
+    """Compile a model into a file that a runtime takes, and prove that the file computes the same."""
+    from lwcompile import pipeline
+
+    words = settings(budget, data, run)
+    program = open_model(source.model)
+    if run.dry_run:
+        return dry_run(program, words, path.parent, run.json)
+    finish(pipeline.export(program, path, progress=progress(), **words), run.json)
+
+
+@flags
+def compress(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write the compressed program into.")],
+    source: Source, budget: Budgets, data: Data, run: Run,
+) -> None:  # fmt: skip
+    """Compress a model and write it as a program that Python loads, without lowering it."""
+    from lwcompile import pipeline
+
+    words = settings(budget, data, run)
+    program = open_model(source.model)
+    if run.dry_run:
+        return dry_run(program, words, folder, run.json)
+    finish(pipeline.compress(program, folder, progress=progress(), **words), run.json)
+
+
+@flags
+def analyze(
+    source: Source, budget: Budgets, data: Data, run: Run,
+    rows: Annotated[int, typer.Option(help="How many sites to print, the most sensitive first; 0 prints all.")] = 20,
+) -> None:  # fmt: skip
+    """Score every option at every site, and print what hurts most."""
+    from lwcompile import pipeline
+
+    words = settings(budget, data, run)
+    program = open_model(source.model)
+    if run.dry_run:
+        return dry_run(program, words, Path(), run.json)
+    session = pipeline.session(program, pipeline.Settings(**words), progress())
+    table = session.table
+    note(f"kept in {session.results.root}")
+    if run.json:
+        import json
+
+        return show_json(json.loads(table.to_json()))
+    show(damage_table(table, rows))
+
+
+# --- what the commands share
+
+
+def progress() -> Any:
+    from lwcompile.progress import terminal_progress
+
+    return terminal_progress(err())
+
+
+def open_model(model: str | None) -> Program:
+    """The program of `--model`, or of the demo model."""
+    from lwcompile import pipeline
+
+    if model is not None:
+        return pipeline.capture(model)
+    from lwcompile.demo import demo_model
+
+    note("no --model is given: this compiles the demo model")
+    return pipeline.capture(demo_model())
+
+
+def finish(result: Result, as_json: bool) -> None:
+    """What a compile ends with: the strip and the figures, or their JSON; where things lie, on stderr."""
+    report = result.run_dir / "report.html" if result.run_dir else None
+    if as_json:
+        return show_json({"path": result.path, "run_dir": result.run_dir, "report": report, **result.report.summary()})
+    from lwcompile.strip import closing
+
+    show(closing(result.report.data))
+    if result.path is not None:
+        note(f"wrote {result.path}")
+    if report is not None:
+        note(f"report {report}")
+
+
+def dry_run(program: Program, words: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print what a run would take; `BadInput` where the machine does not have it."""
+    from lwcompile.estimate import estimate
+
+    found = estimate(program, folder=folder, **words)
+    show_json(found.to_json()) if as_json else show(str(found))
+    found.require()
+
+
+def damage_table(table: OptionTable, rows: int) -> Any:
+    """Sites by their worst damage, a column for each option they are offered."""
+    from rich.table import Table
+
+    from lwcompile.html.view import short_labels
+    from lwcompile.table import format_options
+
+    scored = [row for row in table.sites.values() if len(row.choices) > 1]
+    options = {format_options(c.options): c.options for row in scored for c in row.choices if c.options}
+    labels = dict(zip(options, short_labels(list(options.values()))))
+    scored.sort(key=lambda row: max(c.predicted for c in row.choices if c.refused is None), reverse=True)
+    shown = scored[:rows] if rows else scored
+    drawn = Table(title=f"damage in {table.unit}, {len(shown)} of {len(scored)} sites", box=None, header_style="dim")
+    drawn.add_column("site")
+    for name in labels.values():
+        drawn.add_column(name, justify="right")
+    for row in shown:
+        by_name = {format_options(c.options): c for c in row.choices}
+        cells = [by_name.get(name) for name in options]
+        drawn.add_row(row.site, *("" if c is None else "refused" if c.refused else f"{c.damage:.3g}" for c in cells))
+    return drawn
