@@ -162,6 +162,8 @@ def _planned(run: Session, settings: Settings) -> tuple[Plan, Program | None]:
 def compress(program: Program, path: str | Path | None = None, *, progress: Progress | None = None, **settings: Any) -> Result:
     """Apply a plan and measure it. With `path`, the compressed program is written there, loadable by `lw.load`."""
     wished = Settings(**settings)
+    if wished.backend is None:
+        wished = dataclasses.replace(wished, backend="program")
     run = session(program, wished, progress)
     result = _compressed(run, wished)
     if path is not None:
