@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from lwcompile.errors import BadPlan
+from lwcompile.site import SiteKind
 from lwcompile.spec import Spec
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from lwcompile.graph import ModelGraph
     from lwcompile.plan import Plan
     from lwcompile.program import Program
-    from lwcompile.site import Site, SiteKind
+    from lwcompile.site import Site
     from lwcompile.stats import InputStats
     from lwcompile.table import OptionTable
 

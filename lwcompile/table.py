@@ -17,7 +17,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lwcompile.budget import Budget
-from lwcompile.choice import (
+from lwcompile.errors import BadInput, BadPlan
+from lwcompile.options import (
     NOTHING,
     Assignment,
     Choice,
@@ -30,7 +31,6 @@ from lwcompile.choice import (
     choice_to_json,
     format_options,
 )
-from lwcompile.errors import BadInput, BadPlan
 from lwcompile.site import SUBLAYER_KINDS
 from lwcompile.spec import KEEP, Spec
 
