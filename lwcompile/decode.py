@@ -1,0 +1,286 @@
+"""The decode graph: the same function, continued from cached keys and values.
+
+before: logits = f(input_ids [B, S], attention_mask [B, S], position_ids [B, S])
+after:  logits, present.{i}.key/.value = f(input_ids [B, S], attention_mask [B, P + S], position_ids [B, S],
+        past_key_values.{i}.key/.value [B, kv_heads, P, width]); P = 0 is prefill, so one graph serves both
+
+Made from whatever a prefill graph has become: attentions that were dropped have no cache, and the others are numbered in
+order. Keys are cached as attention reads them (after rotation), heads not repeated. Positions that come from counting
+(`arange(S)`, a table's first S rows, a running sum of the mask) are taken from P on. Cross-attention reads the encoder's
+states anew at each step.
+
+cost:    nodes only, and with `check` three forwards over 2 x 6 tokens that compare the result with the prefill graph
+refuses: graphs without attention, attention to later positions, a fixed length, and graphs whose decoding the check finds
+         different (an operator other than attention mixes positions)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from lwcompile.attention import Attention, find_attentions, mask_only, set_slots
+from lwcompile.errors import Refused
+from lwcompile.graph import Input, ModelGraph, iterate_calls
+from lwcompile.masks import Formula, build
+from lwcompile.probe import ancestors, evaluate, value_inputs, zeros
+
+aten = torch.ops.aten
+TOLERANCE = 1e-4
+_EXAMPLE_PAST = 3
+
+
+def cached_attentions(graph: ModelGraph) -> list[Attention]:
+    """The self-attentions whose keys and values decoding keeps, in order."""
+    return [a for a in find_attentions(graph) if a.kind == "self"]
+
+
+def cache_bytes_per_token(graph: ModelGraph, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes that one token of one sequence takes in the cache."""
+    return dtype.itemsize * sum(a.kv_heads * (a.key_width + a.value_width) for a in cached_attentions(graph))
+
+
+def derive_decode(graph: ModelGraph, *, check: bool = True) -> ModelGraph:
+    """The graph that continues from a cache; the given one is left as it is.
+
+    Raises:
+        Refused: the graph cannot be decoded step by step; the reason names the operator.
+    """
+    decode = graph.copy()
+    decode.propagate()
+    attentions = cached_attentions(decode)
+    if not attentions:
+        raise Refused("the graph has no self-attention left, so there is nothing to cache")
+    for a in attentions:
+        if a.mask is not None and not a.mask.causal:
+            raise Refused("attention reads later positions (an encoder); only causal models decode", site=a.node.name)
+    data, dim = _sequence(decode, attentions[0])
+    padding = _padding(decode, attentions, data.dynamic[dim])
+    pasts = [_add_past(decode, i, a, data) for i, a in enumerate(attentions)]
+    lengths = _lengths(decode, data, dim, padding, pasts[0][0])
+    closed, copies = mask_only(decode), {lengths.queries: lengths.keys}
+    unruled = dict.fromkeys(a.bias for a in attentions if a.mask is None and a.bias is not None)
+    biases = {bias: _bias_rows(decode, bias, lengths, padding, copies) for bias in unruled}
+    _continue_positions(decode, lengths, padding, closed, copies)
+    if padding is not None:
+        decode.inputs[decode.inputs.index(padding)] = _longer(padding)
+    presents: dict[str, fx.Node] = {}
+    for i, (a, past) in enumerate(zip(attentions, pasts)):
+        key, value = _attend_to_past(decode, a, past, lengths, biases)
+        presents |= {f"present.{i}.key": key, f"present.{i}.value": value}
+    output = decode.output_node
+    output.args = ((*output.args[0], *presents.values()),)  # type: ignore[misc]
+    decode.outputs += presents
+    decode.prune()
+    decode.propagate()
+    if check:
+        verify_decode(graph, decode)
+    return decode
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Size nodes: S queries, T keys, P = T - S cached ones."""
+
+    queries: fx.Node
+    keys: fx.Node
+    past: fx.Node
+
+
+def _sequence(graph: ModelGraph, attention: Attention) -> tuple[Input, int]:
+    """The input and dimension that the number of queries is read from."""
+    masks = {name for a in find_attentions(graph) if a.mask and (name := a.mask.padding)}
+    stream = value_inputs(graph)[attention.query] - masks
+    length = attention.query.meta["val"].shape[2]
+    for i in graph.inputs:
+        for dim in i.dynamic:
+            if i.name in stream and dim > 0 and i.shape[dim] == length:
+                return i, dim
+    raise Refused("the sequence length is fixed in this graph; capture it with a free length", site=attention.node.name)
+
+
+def _padding(graph: ModelGraph, attentions: Iterable[Attention], symbol: str) -> Input | None:
+    """The [batch, length] input that marks padding, among the masks of these attentions or beside them."""
+    named = {a.mask.padding for a in attentions if a.mask is not None and a.mask.padding}
+    read = value_inputs(graph)
+    named |= {n for a in attentions if a.mask is None and a.bias is not None for n in read[a.bias]}
+    found = [i for i in graph.inputs if i.name in named and i.dynamic.get(1) == symbol]
+    if len(found) > 1:
+        raise Refused(f"attentions read different padding inputs ({', '.join(i.name for i in found)})")
+    return found[0] if found else None
+
+
+def _add_past(graph: ModelGraph, index: int, attention: Attention, data: Input) -> tuple[fx.Node, fx.Node]:
+    """Placeholders for one attention's cache."""
+    last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
+    nodes = []
+    for part, source, width in (("key", attention.key, attention.key_width), ("value", attention.value, attention.value_width)):
+        name = f"past_key_values.{index}.{part}"
+        with graph.graph.inserting_after(last):
+            last = graph.graph.create_node("placeholder", name, name=name.replace(".", "_"))
+        value = source.meta["val"]
+        shape = (value.shape[0], attention.kv_heads, _EXAMPLE_PAST, width)
+        free = {0: data.dynamic[0]} if 0 in data.dynamic else {}
+        graph.inputs.append(Input(name, shape, value.dtype, free | {2: "past"}))
+        last.meta["val"] = value.new_empty(shape)
+        nodes.append(last)
+    return nodes[0], nodes[1]
+
+
+def _lengths(graph: ModelGraph, data: Input, dim: int, padding: Input | None, past: fx.Node) -> _Lengths:
+    """T is the padding input's length, or without one the first cache's and the queries' together."""
+    nodes = graph.input_nodes()
+    call = Formula(graph, next(n for n in graph.graph.nodes if n.op == "call_function"))
+    queries = call.size(nodes[data.name], dim)
+    keys = call.size(nodes[padding.name], 1) if padding else call(operator.add, call.size(past, 2), queries)
+    for node in [n for n in iterate_calls(graph, aten.sym_size.int) if n not in (queries, keys)]:
+        same = next((n for n in (queries, keys) if n.target is node.target and n.args == node.args), node)
+        node.replace_all_uses_with(same)
+    return _Lengths(queries, keys, call(operator.sub, keys, queries))
+
+
+def _longer(padding: Input) -> Input:
+    """The padding input covers the cache too."""
+    shape = (padding.shape[0], padding.shape[1] + _EXAMPLE_PAST)
+    return replace(padding, shape=shape, dynamic={**padding.dynamic, 1: "total"})
+
+
+def _attend_to_past(
+    graph: ModelGraph, a: Attention, past: tuple[fx.Node, fx.Node], lengths: _Lengths, biases: Mapping[fx.Node, fx.Node]
+) -> tuple[fx.Node, fx.Node]:
+    """Join cached and new keys and values, and open the mask over them."""
+    with graph.graph.inserting_before(a.node):
+        key, value = (graph.graph.call_function(aten.cat.default, ([p, n], 2)) for p, n in zip(past, (a.key, a.value)))
+    for node in (key, value):
+        node.meta["path"] = a.node.meta.get("path", "")
+    rule = build(Formula(graph, a.node), a.mask, lengths.queries, lengths.keys) if a.mask is not None else None
+    set_slots(a.node, key=key, value=value, attn_mask=biases.get(a.bias, rule), is_causal=False)  # type: ignore[arg-type]
+    return key, value
+
+
+def _over_all_keys(graph: ModelGraph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """`node` computed for T positions instead of S; what does not depend on S is not copied."""
+    needed = ancestors(node, copies)
+    for source in [n for n in graph.graph.nodes if n in needed and n not in copies and n.op == "call_function"]:
+        if any(n in copies for n in source.all_input_nodes):
+            with graph.graph.inserting_after(source):
+                copies[source] = graph.graph.node_copy(source, lambda n: copies.get(n, n))
+    return copies.get(node, node)
+
+
+def _last(graph: ModelGraph, node: fx.Node, dim: int, lengths: _Lengths) -> fx.Node:
+    """The last S of T along one dimension."""
+    return graph.graph.call_function(aten.slice.Tensor, (node, dim, lengths.past, lengths.keys))
+
+
+def _bias_rows(
+    graph: ModelGraph, bias: fx.Node, lengths: _Lengths, padding: Input | None, copies: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    """A mask that follows no rule we know: computed for T x T as prefill would, of which the last S rows are read."""
+    if reads := value_inputs(graph)[bias] - {padding.name if padding else ""}:
+        raise Refused(f"the attention mask depends on the values of {', '.join(sorted(reads))}", site=bias.name)
+    whole = _over_all_keys(graph, bias, copies)
+    with graph.graph.inserting_after(whole):
+        return whole if bias.meta["val"].shape[-2] == 1 else _last(graph, whole, -2, lengths)
+
+
+def _continue_positions(
+    graph: ModelGraph, lengths: _Lengths, padding: Input | None, closed: set[fx.Node], copies: dict[fx.Node, fx.Node]
+) -> None:
+    """What sizes and the padding input alone decide (counts, a table's first rows, running sums of the mask) is computed for T
+    positions, and the last S of them are what the data meets."""
+    nodes = graph.nodes
+    decided = _decided(graph, padding)
+    for node in [n for n in nodes if n in decided and n not in closed]:
+        leaves = [u for u in node.users if u not in decided and u not in closed and u.target is not aten.sym_size.int]
+        dims = _following(graph, node) if leaves else []
+        if not dims:
+            continue
+        last = _over_all_keys(graph, node, copies)
+        with graph.graph.inserting_before(min(leaves)):
+            for dim in dims:
+                last = _last(graph, last, dim, lengths)
+        for user in leaves:
+            user.replace_input_with(node, last)
+
+
+def _decided(graph: ModelGraph, padding: Input | None) -> set[fx.Node]:
+    """Tensors that follow from sizes, stored tensors and the padding input; a looked-up table is data already."""
+    found: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        inner = [n for n in node.all_input_nodes if n.op != "get_attr" and not isinstance(n.meta.get("val", 0), int | float)]
+        computed = node.op == "call_function" and node.target not in (aten.embedding.default, aten.sym_size.int)
+        given = padding is not None and node.op == "placeholder" and node.target == padding.name
+        if isinstance(node.meta.get("val"), Tensor) and (given or (computed and all(n in found for n in inner))):
+            found.add(node)
+    return found
+
+
+def _following(graph: ModelGraph, node: fx.Node) -> list[int]:
+    """The dimensions of `node` that are as long as the sequence."""
+    shapes = []
+    for length in (29, 53):
+        feeds = zeros(graph, {i.dynamic[d]: length for i in graph.inputs for d in i.dynamic if d > 0})
+        shapes.append(evaluate(graph, node, feeds).shape)
+    return [d for d, pair in enumerate(zip(*shapes)) if pair == (29, 53)]
+
+
+# --- the check
+
+
+def verify_decode(prefill: ModelGraph, decode: ModelGraph) -> None:
+    """Run both on random inputs, decoding in pieces of 4, 1 and 1 tokens; `Refused` where a row that is no padding differs."""
+    attentions = cached_attentions(decode)
+    data, dim = _sequence(decode, attentions[0])
+    padding = next((i.name for i in decode.inputs if i.dynamic.get(1) == "total"), None)
+    feeds = _random_inputs(prefill, data, dim, padding)
+    symbol = data.dynamic[dim]
+    with torch.no_grad():
+        wanted = prefill.module(dense=True)(*feeds.values())[0]
+        run = decode.module(dense=True)
+        cache = [torch.empty(2, a.kv_heads, 0, w) for a in attentions for w in (a.key_width, a.value_width)]
+        pieces = []
+        for start, end in ((0, 4), (4, 5), (5, 6)):
+            step = []
+            for i in prefill.inputs:
+                value = feeds[i.name]
+                for d in (d for d, s in i.dynamic.items() if s == symbol):
+                    value = value.narrow(d, *((0, end) if i.name == padding else (start, end - start)))
+                step.append(value)
+            outputs = run(*step, *cache)
+            cache = list(outputs[len(prefill.outputs) :])
+            pieces.append(outputs[0])
+    got = torch.cat(pieces, 1)
+    rows = feeds[padding].bool() if padding else torch.ones(wanted.shape[:2], dtype=torch.bool)
+    error = (got - wanted)[rows].abs().max() / wanted[rows].abs().max().clamp(min=1e-30)
+    if not error <= TOLERANCE:
+        raise Refused(f"decoding differs from the whole sequence by {error:.1e}: an operator besides attention mixes positions")
+
+
+def _random_inputs(graph: ModelGraph, data: Input, dim: int, padding: str | None) -> dict[str, Tensor]:
+    """Two sequences of 6, the first padded by 2 on the left; in the order of the graph's inputs."""
+    symbol, random, reads = data.dynamic[dim], torch.Generator().manual_seed(0), value_inputs(graph)
+    tables = [n.all_input_nodes[:2] for n in iterate_calls(graph, aten.embedding.default)]
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[0, :2] = 0 if padding else 1
+    feeds = {}
+    for i in graph.inputs:
+        shape = [{symbol: 6}.get(i.dynamic.get(d, ""), 2 if d == 0 and d in i.dynamic else n) for d, n in enumerate(i.shape)]
+        if i.dtype.is_floating_point:
+            feeds[i.name] = torch.randn(shape, generator=random).to(i.dtype)
+            continue
+        if i.name == padding:
+            value = mask
+        elif i.name == data.name:
+            value = torch.randint(0, 1 << 30, shape, generator=random)
+        elif shape == [2, 6] and i.dynamic.get(1) == symbol:
+            value = (mask.cumsum(1) - 1).clamp(min=0)
+        else:
+            value = torch.ones(shape, dtype=torch.int64)
+        rows = [table.meta["val"].shape[0] for table, index in tables if i.name in reads[index]]
+        feeds[i.name] = (value % min(rows) if rows else value).to(i.dtype)
+    return feeds
