@@ -20,7 +20,7 @@ API_VERSION = 1
 
 _LAZY: dict[str, str] = {
     "Artifact": "lwcompile.artifact",
-    "Plan": "lwcompile.plan",
+    "Plan": "lwcompile.plans",
     "Program": "lwcompile.program",
     "Recipe": "lwcompile.recipe",
     "Result": "lwcompile.pipeline",
@@ -35,7 +35,7 @@ _LAZY: dict[str, str] = {
 if TYPE_CHECKING:
     from lwcompile.artifact import Artifact, load
     from lwcompile.pipeline import Result, capture, compress, export, plan
-    from lwcompile.plan import Plan
+    from lwcompile.plans import Plan
     from lwcompile.program import Program
     from lwcompile.recipe import Recipe
     from lwcompile.spec import Spec

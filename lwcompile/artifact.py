@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from lwcompile.budget import format_size
 from lwcompile.errors import BadInput, Refused
-from lwcompile.plan import Plan
+from lwcompile.plans import Plan
 from lwcompile.program import Program
 from lwcompile.rundir import versions, write_atomic
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from lwcompile.contract import Backend, Pass, TransformPass
+from lwcompile.contract import Backend, Damage, Pass, TransformPass
 from lwcompile.errors import BadInput, InternalError
 from lwcompile.progress import Progress, SilentProgress
 from lwcompile.rundir import code_hash, content_key, versions
 from lwcompile.site import SUBLAYER_KINDS, Site
-from lwcompile.spec import Spec
+from lwcompile.spec import KEEP, Spec
 from lwcompile.table import Group
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Context:
         groups: sites that carry one option together; by default the structure's fused and tied ones.
         rundir: results by content key; None computes everything anew.
         workdir: takes the activations that do not fit in `memory` bytes; a temporary folder if None.
-        program: the dense program, whose activations solvers see unless `stats` holds others (of a compressed prefix, say).
+        program: the dense program, whose activations solvers see unless `prefix` knows others.
         batch_size: samples that run through the model together.
         prefix: the inputs of layers behind already compressed ones, while a plan is applied.
         scope: content key of what `solved` results depend on beside their own token.
@@ -206,20 +206,20 @@ class Context:
         return made
 
     def stats_of(self, graph: ModelGraph, site: Site) -> InputStats | None:
-        """What a solver may know of a weight's inputs: `stats` where it was put there, else of the dense program's, all at once.
+        """What a solver may know of a weight's inputs: where a plan is applied those behind the compressed layers (`prefix`),
+        else the dense program's.
 
-        While a plan is applied, a linear's inputs are those that the compressed layers before it put out (`prefix`). A tied
-        embedding is known by the inputs of its head; an untied one has none.
+        A tied embedding is known by the inputs of its head, in the dense program; an untied one has none.
         """
         if self.prefix is not None and (found := self.prefix.stats(site)) is not None:
             return found
         if site.id not in self.stats:
-            program = self.program if self.program is not None else graph
-            linears = [s for s in (self.structure.of_kind("linear") if self.structure is not None else [site]) if s.weight]
-            self.stats.update(self.input_stats(program, [s for s in linears if s.id not in self.stats]))
-        if site.id not in self.stats:
-            tied = next((ids for ids in (self.structure.tied if self.structure else []) if site.id in ids), ())
-            self.stats[site.id] = next((self.stats[id] for id in tied if id in self.stats), None)
+            known = self.structure.sites if self.structure is not None else {site.id: site}
+            tied = next((ids for ids in (self.structure.tied if self.structure is not None else []) if site.id in ids), ())
+            wanted = known if self.prefix is None else (site.id, *tied)
+            linears = [known[id] for id in wanted if id in known and known[id].kind == "linear" and id not in self.stats]
+            self.stats.update(self.input_stats(self.program if self.program is not None else graph, linears))
+            self.stats.setdefault(site.id, next((self.stats[id] for id in tied if id in self.stats), None))
         return self.stats[site.id]
 
     def _inputs(
@@ -249,16 +249,44 @@ class Context:
         return make("passes", spec)
 
     def edited(self, program: Program, sites: Iterable[str], options: Iterable[Spec]) -> Program:
-        """A copy of the program with these options applied, in order, at each of these sites. `Refused` if one does not apply."""
-        known = self.find_structure(program).sites
+        """A copy of the program with these options applied, in order, at each of these sites. `Refused` if one does not apply.
+
+        What the copy stores anew goes with it and not into the program's store, so that trials cost no memory for good.
+        """
+        from lwcompile.graph import OverlayStore
+
+        known, memo = self.find_structure(program).sites, dict(self.memo)
         changed = program.copy()
+        changed.store = OverlayStore(program.store)
+        for graph in changed.entries.values():
+            graph.store = changed.store
         for spec in options:
             transform = self.transform(spec)
             for id in sites:
                 graph = changed.entries[known[id].entry]
                 transform.check(graph, known[id])
                 transform.apply(graph, known[id], self)
+        self.memo = memo
         return changed
+
+    def offers(self, program: Program) -> list[tuple[tuple[str, ...], Spec]]:
+        """Every option that an analysis has to price, with the sites that carry it together."""
+        units = self.units(program, self.options)
+        common = [(unit, set.intersection(*(set(self.options[id]) for id in unit))) for unit in units]
+        return [(unit, spec) for unit, shared in common for spec in self.options[unit[0]] if spec in shared and spec != KEEP]
+
+    def shares(self, program: Program, unit: Sequence[str], damage: Damage) -> Iterator[tuple[str, Damage]]:
+        """A unit's damage as its sites' damages, which sum to it.
+
+        Tied sites store one tensor: the first stands for all, and the others get 0. Fused ones share by parameters.
+        """
+        structure = self.find_structure(program)
+        tied = any(set(unit) <= set(ids) for ids in structure.tied)
+        sizes = [structure.sites[id].parameters for id in unit]
+        whole = sum(sizes) or 1
+        for i, id in enumerate(unit):
+            part = float(i == 0) if tied or len(unit) == 1 else sizes[i] / whole
+            yield id, replace(damage, value=part * damage.value, low=part * damage.low, high=part * damage.high)
 
     def units(self, program: Program, sites: Iterable[str]) -> list[tuple[str, ...]]:
         """The sites, joined where they carry one option together; what is priced in one go."""

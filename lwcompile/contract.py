@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lwcompile.context import Context
     from lwcompile.formats import NumericFormat, QuantizedTensor
     from lwcompile.graph import ModelGraph
-    from lwcompile.plan import Plan
+    from lwcompile.plans import Plan
     from lwcompile.program import Program
     from lwcompile.site import Site
     from lwcompile.stats import InputStats

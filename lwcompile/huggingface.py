@@ -55,7 +55,7 @@ def open_gguf(path: Path) -> Source:
 def load_tokenizer(folder: Path, gguf_file: str | None = None) -> Any:
     """The tokeniser of a folder, or of a GGUF file in it."""
     transformers = _transformers()
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             extra = {} if gguf_file is None else {"gguf_file": gguf_file}
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
@@ -68,7 +68,7 @@ def _load(kind: Any, folder: Path, **extra: Any) -> Any:
     transformers = _transformers()
     where = folder / extra["gguf_file"] if "gguf_file" in extra else folder
     strict = {} if "gguf_file" in extra else {"use_safetensors": True}
-    with _quiet(transformers):
+    with quiet(transformers):
         for attention in ("sdpa", "eager"):
             try:
                 model, info = kind.from_pretrained(
@@ -185,7 +185,7 @@ def _parsed_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """No progress bars and no advice from transformers while it loads."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

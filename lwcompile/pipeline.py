@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from lwcompile.artifact import load, write_artifact
 from lwcompile.budget import Budget
-from lwcompile.capture import capture_module, from_exported
+from lwcompile.tracing import capture_module, from_exported
 from lwcompile.context import Progress, SilentProgress
 from lwcompile.contract import Backend
 from lwcompile.errors import BadInput, Refused
-from lwcompile.plan import Plan
+from lwcompile.plans import Plan
 from lwcompile.program import Program
 from lwcompile.recipe import Recipe
 from lwcompile.registry import load as load_plugin

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lwcompile.errors import BadInput
-from lwcompile.plan import Plan
+from lwcompile.plans import Plan
 from lwcompile.site import SUBLAYER_KINDS, Site
 from lwcompile.table import OptionTable, format_options
 

@@ -30,7 +30,7 @@ from lwcompile.errors import BadInput, BadPlan, InfeasibleBudget
 from lwcompile.executor import Executor
 from lwcompile.manager import Manager
 from lwcompile.metric import Metric, default_metric, load_metric
-from lwcompile.plan import Plan
+from lwcompile.plans import Plan
 from lwcompile.program import Program
 from lwcompile.recipe import Recipe
 from lwcompile.registry import make, plugins

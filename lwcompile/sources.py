@@ -1,4 +1,4 @@
-"""From what the user names to a loaded model with example inputs; tracing it is `lwcompile.capture`'s work.
+"""From what the user names to a loaded model with example inputs; tracing it is `lwcompile.tracing`'s work.
 
 A module, a Hugging Face folder, a GGUF file, a `.pt2`, or `module:function`. Every failure is one sentence: no pickle is
 loaded, no code of a model folder is run, and weights that are missing or not finite are named.
@@ -87,8 +87,11 @@ class Source:
             for name in CARRIED:
                 if (self.tokenizer_dir / name).is_file():
                     shutil.copyfile(self.tokenizer_dir / name, folder / name)
-        elif (tokenizer := self.tokenizer()) is not None:
-            tokenizer.save_pretrained(folder)
+        elif self.tokenizer_dir is not None:
+            self.tokenizer().save_pretrained(folder)
+            licence = self.tokenizer_dir / "LICENSE"
+            if licence.is_file() and find_license(self.tokenizer_dir) == self.license:
+                shutil.copyfile(licence, folder / "LICENSE")
         if self.config is not None and not (folder / "config.json").exists():
             (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         return tuple(sorted(path for path in folder.iterdir() if path.is_file()))

@@ -36,7 +36,7 @@ from lwcompile.spec import KEEP, Spec
 
 if TYPE_CHECKING:
     from lwcompile.contract import Allocator
-    from lwcompile.plan import Plan
+    from lwcompile.plans import Plan
 
 __all__ = [
     "Assignment", "Choice", "Evaluation", "Exclusion", "Group", "OptionTable", "Options", "SiteRow", "Unit", "Violation",

@@ -6,10 +6,14 @@ import os
 import sys
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+settings.register_profile("lwcompile", deadline=None)  # times vary on shared machines
+settings.load_profile("lwcompile")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,7 +7,7 @@ import math
 import random
 
 from lwcompile.budget import Budget
-from lwcompile.plan import Plan
+from lwcompile.plans import Plan
 from lwcompile.report import Report
 from lwcompile.spec import KEEP, Spec
 from lwcompile.table import Choice, Group, OptionTable, SiteRow

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lwcompile.capture import capture_module
+from lwcompile.tracing import capture_module
 from lwcompile.context import Context
 from lwcompile.errors import Refused
 from lwcompile.manager import Manager, relative_error

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lwcompile.capture import capture_module
+from lwcompile.tracing import capture_module
 from lwcompile.context import Context
 from lwcompile.contract import AnalysisPass, Score, TransformPass
 from lwcompile.errors import PluginError, Refused, VerificationError

@@ -14,7 +14,7 @@ from test_table import small
 
 from lwcompile.budget import Budget
 from lwcompile.errors import BadInput, BadPlan
-from lwcompile.plan import Change, Plan
+from lwcompile.plans import Change, Plan
 from lwcompile.spec import KEEP, Spec
 from lwcompile.table import Group
 

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from lwcompile.capture import capture_module
+from lwcompile.tracing import capture_module
 from lwcompile.data import CalibrationSet
 from lwcompile.program import Program
 from lwcompile.store import ParameterStore

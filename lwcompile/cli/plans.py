@@ -14,7 +14,7 @@ from lwcompile.cli.make import dry_run, open_model, progress
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lwcompile.plan import Plan
+    from lwcompile.plans import Plan
 
 
 def register(app: typer.Typer) -> None:
@@ -56,7 +56,7 @@ def show_plan(file: Annotated[Path, typer.Argument(help="A plan in YAML.")], jso
     """Print what a plan carries, site by site, and what it was made for."""
     from rich.console import Group
 
-    from lwcompile.plan import Plan
+    from lwcompile.plans import Plan
 
     found = Plan.load(file)
     if json:
@@ -72,7 +72,7 @@ def diff(
     """Print what plan B does differently from plan A."""
     from rich.table import Table
 
-    from lwcompile.plan import Plan
+    from lwcompile.plans import Plan
     from lwcompile.table import format_options
 
     a, b = Plan.load(before), Plan.load(after)

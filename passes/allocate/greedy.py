@@ -18,7 +18,7 @@ from typing import ClassVar, NamedTuple
 from lwcompile.budget import Budget, format_size
 from lwcompile.contract import Allocator
 from lwcompile.errors import BadPlan, InfeasibleBudget
-from lwcompile.plan import Plan
+from lwcompile.plans import Plan
 from lwcompile.table import Assignment, Choice, Options, OptionTable, canonical
 
 _EPS = 1e-12  # relative slack on sums of damages, which are kept up step by step

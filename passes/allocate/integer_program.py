@@ -26,7 +26,7 @@ from lwcompile.budget import Budget, format_size
 from lwcompile.contract import Allocator
 from lwcompile.errors import BadPlan, InfeasibleBudget
 from lwcompile.passes.allocate.greedy import Greedy, refine, too_small
-from lwcompile.plan import Plan
+from lwcompile.plans import Plan
 from lwcompile.table import Evaluation, Options, OptionTable, canonical
 
 _AIM = 1e4  # largest cost: HiGHS stops at an absolute gap of 1e-6, whatever the relative one

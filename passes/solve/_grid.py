@@ -74,6 +74,9 @@ def _search(w: Tensor, h: Tensor, format: NumericFormat, steps: int, shrink: flo
         _keep_better(w, h, format, best, *range_grid(low, high, factor, format))
     for _ in range(refits):
         _keep_better(w, h, format, best, *_refit(w, h, scale, zero, format))
+        for shift in (-1, 1) if format.zero_point == "integer" else ():
+            moved = (zero + shift).clamp_(0, format.top)
+            _keep_better(w, h, format, best, _best_scale(w, h, scale, moved, format), moved)
     return scale, zero
 
 
@@ -106,9 +109,14 @@ def _refit(w: Tensor, h: Tensor, scale: Tensor, zero: Tensor, format: NumericFor
             slope = format.round_scale(slope)
             return slope, format.round_zero(mean_q - mean_w / slope)
         zero = format.round_zero(mean_q - mean_w / slope)
-    steps = codes - zero.unsqueeze(-1)
+    return _best_scale(w, h, scale, zero, format), zero
+
+
+def _best_scale(w: Tensor, h: Tensor, scale: Tensor, zero: Tensor, format: NumericFormat) -> Tensor:
+    """Weighted least squares for the scale alone."""
+    steps = nearest_codes(w, scale, zero, format) - zero.unsqueeze(-1)
     slope = (steps * w * h).sum(-1) / (steps.square() * h).sum(-1)
-    return format.round_scale(torch.where(torch.isfinite(slope) & (slope != 0), slope, scale)), zero
+    return format.round_scale(torch.where(torch.isfinite(slope) & (slope * scale > 0), slope, scale))
 
 
 def nearest_codes(w: Tensor, scale: Tensor, zero: Tensor, format: NumericFormat) -> Tensor:

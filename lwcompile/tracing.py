@@ -1,4 +1,4 @@
-"""Capture: a module and example inputs become a `ModelGraph` in canonical form, by torch.export.
+"""Tracing: a module and example inputs become a `ModelGraph` in canonical form, by torch.export.
 
 Traced at the example's sizes with the named dimensions free. A model that cannot be traced with a free dimension is traced
 with torch choosing which stay free; the ones that did not are named in a remark.
