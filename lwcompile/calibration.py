@@ -1,0 +1,90 @@
+"""From scores to damage: how well a cheap score ranks, and the fit that turns it into the metric's unit.
+
+    log damage = intercept + slope * s,    s = log score where all scores are positive, else the score; slope >= 0
+
+fitted to a few sites (or sites and options) whose damage was measured. The error is the leave-one-out one, so it says what to
+expect at sites that were not measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from scipy import stats
+
+from lwcompile.contract import Annotation, Damage
+from lwcompile.errors import BadInput
+
+K = TypeVar("K", bound=Hashable)
+Figures = Mapping[K, Annotation] | Mapping[K, float] | Mapping[K, Annotation | float]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A fitted line between a score and the logarithm of damage.
+
+    Attributes:
+        logarithmic: the line is in the score's logarithm.
+        error: root mean square of log(predicted / measured), each point predicted from a fit to the others.
+        points: measured damages that the fit rests on.
+    """
+
+    slope: float
+    intercept: float
+    logarithmic: bool
+    error: float
+    points: int
+
+    def damage(self, score: Annotation | float) -> Damage:
+        """The damage predicted for a score, with the interval of 1.96 errors either way. A score of 0 or less, where the line is
+        in the logarithm, is damage 0."""
+        value = _figure(score)
+        if self.logarithmic and value <= 0:
+            return Damage(0.0, 0.0, 0.0, self.points)
+        x = math.log(value) if self.logarithmic else value
+        made, factor = math.exp(self.intercept + self.slope * x), math.exp(1.96 * self.error)
+        return Damage(made, made / factor, made * factor, self.points)
+
+    def __str__(self) -> str:
+        return f"damage within a factor of {math.exp(self.error):.2g} (leave-one-out over {self.points} measured)"
+
+
+def calibrate(scores: Figures[K], measured: Figures[K]) -> Calibration:
+    """Fit scores to measured damages at the keys (sites, or sites with options) that both hold.
+
+    Damages that noise measured at 0 or below are left out. `BadInput` with fewer than three points.
+    """
+    keys = [k for k in scores if k in measured and _figure(measured[k]) > 0]
+    if len(keys) < 3:
+        raise BadInput(f"a score is calibrated on at least 3 measured damages above 0, not {len(keys)}: measure more sites")
+    x, y = (np.array([_figure(side[k]) for k in keys]) for side in (scores, measured))
+    logarithmic = bool((x > 0).all())
+    x, y = np.log(x) if logarithmic else x, np.log(y)
+    slope, intercept = _line(x, y)
+    others = [np.arange(len(x)) != i for i in range(len(x))]
+    errors = [y[i] - np.polyval(_line(x[keep], y[keep]), x[i]) for i, keep in enumerate(others)]
+    return Calibration(slope, intercept, logarithmic, float(np.sqrt(np.mean(np.square(errors)))), len(keys))
+
+
+def rank_correlation(scores: Figures[K], damages: Figures[K]) -> float:
+    """Spearman's rank correlation over the keys that both hold: 1 where the score orders as the damage does."""
+    keys = [k for k in scores if k in damages]
+    if len(keys) < 3:
+        raise BadInput(f"a rank correlation needs at least 3 sites that both rank, not {len(keys)}")
+    x, y = ([_figure(side[k]) for k in keys] for side in (scores, damages))
+    return float(stats.spearmanr(x, y).statistic)
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Least squares with a slope of at least 0."""
+    spread = float(((x - x.mean()) ** 2).sum())
+    slope = max(0.0, float(((x - x.mean()) * (y - y.mean())).sum()) / spread) if spread > 0 else 0.0
+    return slope, float(y.mean() - slope * x.mean())
+
+
+def _figure(value: Annotation | float) -> float:
+    return float(value) if isinstance(value, int | float) else value.value

@@ -1,0 +1,96 @@
+"""What an option does to the calls of a program, as a first-order analysis needs it: weight differences, or removed branches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from lwcompile.context import Context
+from lwcompile.errors import Refused
+from lwcompile.executor import Executor
+from lwcompile.program import Program
+from lwcompile.site import SUBLAYER_KINDS
+from lwcompile.spec import Spec
+from lwcompile.spill import TensorCache
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Change:
+    """At the call `key` the option `job` removes the value (no delta), or adds `scale * delta` to the weight.
+
+    delta: the key in `Changes.deltas` of a half-precision tensor of the weight's shape, at most 1 in magnitude.
+    """
+
+    key: str
+    job: int
+    delta: tuple[int, str] | None = None
+    scale: float = 0.0
+
+
+class Changes:
+    """Collects what options change in one program. Differences lie in memory up to the context's limit, then in files.
+
+    solver: takes the place of an option's own solver, where it has one; None leaves it.
+    """
+
+    def __init__(self, program: Program, ctx: Context, solver: Spec | None) -> None:
+        self.program, self.ctx, self.solver = program, ctx, solver
+        self.dense = Executor(program, ctx.device)
+        self.deltas = TensorCache(ctx.memory, ctx.workdir)
+        self.by_key: dict[str, list[Change]] = {}
+
+    def add(self, job: int, unit: Sequence[str], option: Spec) -> None:
+        """Note what `option` changes at the sites of `unit`. `Refused` if that is neither a weight's values nor a removal."""
+        transform = self.ctx.transform(option)
+        if self.solver is not None and hasattr(transform, "solver"):
+            option = Spec(option.name, (*(a for a in option.args if a[0] != "solver"), ("solver", self.solver)))
+        edited = Executor(self.ctx.edited(self.program, unit, [option]), self.ctx.device)
+        structure = self.ctx.find_structure(self.program)
+        made: list[Change] = []
+        for site in (structure.sites[id] for id in unit):
+            if transform.silences:
+                parts = [s for s in (site, *structure.children(site.id)) if s.kind in SUBLAYER_KINDS]
+                made += [Change(k, job) for s in parts if (k := self.dense.key(s)) not in edited.index]
+            else:
+                made.append(self._difference(job, self.dense.key(site), edited, site.id))
+        if not made:
+            raise Refused(f"{option} neither changes a weight's values nor removes a branch", site=unit[0])
+        for change in made:
+            self.by_key.setdefault(change.key, []).append(change)
+
+    def _difference(self, job: int, key: str, edited: Executor, site: str) -> Change:
+        if key not in edited.index:
+            raise Refused("the option replaces the layer, which is no change of its weight", site=site)
+        before, after = (executor.constant(weight_node(executor, key)) for executor in (self.dense, edited))
+        if before.shape != after.shape:
+            raise Refused("the option changes the weight's shape", site=site)
+        step = self.dense.steps[self.dense.position(key)]
+        token = (job, step.graph.tensors[str(weight_node(self.dense, key).target)])
+        difference = after.float() - before.float()
+        scale = difference.abs().max().item() or 1.0
+        if token not in self.deltas:
+            self.deltas[token] = difference.div_(scale).half()
+        return Change(key, job, token, scale)
+
+    def delta(self, change: Change) -> Tensor:
+        """The difference [out, in] over the change's scale, in half precision."""
+        assert change.delta is not None
+        return self.deltas[change.delta]
+
+
+def is_embedding(executor: Executor, key: str) -> bool:
+    return executor.steps[executor.position(key)].node.target is aten.embedding.default
+
+
+def weight_node(executor: Executor, key: str) -> fx.Node:
+    """What the weight of a linear or embedding is read from."""
+    node = executor.steps[executor.position(key)].node
+    stored = node.args[0] if node.target is aten.embedding.default else node.args[1]
+    if node.target not in (aten.embedding.default, aten.linear.default) or not isinstance(stored, fx.Node):
+        raise Refused(f"{node.format_node()} is neither a linear nor an embedding")
+    return stored
