@@ -2,9 +2,9 @@
 
 Source: half-quadratic quantization (Badri and Shaji, 2023; METHODS 3.2). It alternates a shrinkage that lets outliers be,
 e = sign(r) relu(|r| - |r|^(p-1) / beta) of the residual r = w - q, with the zero point that is best for the rest,
-z = mean(code - (w - e) / scale); beta grows by kappa. The zero point is a float while it is optimised and is rounded at
-the end if the format stores a code. A format without zero point has its scale optimised instead, by the same steps.
-Cost: `iters` passes over the weight; below 0.1 s for 576x1536, 4 s for 49152x576 on 2 cores.
+z = mean(code - (w - e) / scale); beta grows by kappa. Where the zero point is a code, or absent, rounding would undo most
+of that, so the scale is optimised along with it, by the same steps. Each group keeps its best iterate.
+Cost: `iters` passes over the weight; about 0.2 s for 576x1536 and 6 s for 49152x576 on one core.
 Refuses: NaN or infinite weights.
 """
 
@@ -48,23 +48,25 @@ class Hqq(Solver):
 
     def _solve_groups(self, w: Tensor, present: Tensor, format: NumericFormat) -> tuple[Tensor, Tensor]:
         first = range_grid(w.amin(-1), w.amax(-1), 1.0, format)
-        scale, zero = first
-        best, least, beta = first, torch.inf, self.beta
+        scale, zero = best = first
+        least, beta = torch.full_like(scale, torch.inf), self.beta
         for _ in range(self.iters):
             codes = nearest_codes(w, scale, zero, format)
             residual = w - (codes - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
-            error = (residual.abs() * present).mean().item()
-            if error >= least:
+            error = (residual.abs() * present).sum(-1)
+            better = error < least
+            if not better.any():
                 break
-            best, least = (scale, zero), error
+            best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
+            least = torch.minimum(error, least)
             target = w - self._shrink(residual, beta)
             if format.zero_point != "none":
                 zero = ((codes - target / scale.unsqueeze(-1)) * present).sum(-1) / present.sum(-1)
             if format.zero_point != "float":
                 zero = format.round_zero(zero)
                 steps = (codes - zero.unsqueeze(-1)) * present
-                scale = (steps * target).sum(-1) / (steps * steps).sum(-1)
-                scale = torch.where(torch.isfinite(scale) & (scale != 0), scale, best[0])
+                slope = (steps * target).sum(-1) / (steps * steps).sum(-1)
+                scale = torch.where(torch.isfinite(slope) & (slope * scale > 0), slope, scale)
             beta *= self.kappa
         scale, zero = format.round_scale(best[0]), format.round_zero(best[1])
         better = self._error(w, present, scale, zero, format) < self._error(w, present, *first, format)
