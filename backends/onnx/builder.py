@@ -71,7 +71,9 @@ class Builder:
 
     # --- nodes
 
-    def op(self, kind: str, *inputs: ir.Value | None, dtype: ir.DataType | None = None, domain: str = "", **attrs: Any) -> ir.Value:
+    def op(
+        self, kind: str, *inputs: ir.Value | None, dtype: ir.DataType | None = None, domain: str = "", **attrs: Any
+    ) -> ir.Value:
         """One node of one output. The output's dtype is the first input's unless `dtype` says otherwise."""
         return self.ops(kind, *inputs, outputs=1, dtype=dtype, domain=domain, **attrs)[0]
 

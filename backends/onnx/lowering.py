@@ -108,7 +108,9 @@ class Lowering:
         """All sizes of a tensor node."""
         return [self.size(d, source, i) for i, d in enumerate(self.dims(node))]
 
-    def reshape(self, x: ir.Value, dims: Sequence[Dim], source: Sequence[Dim], sizes: Sequence[int | Size] | None = None) -> ir.Value:
+    def reshape(
+        self, x: ir.Value, dims: Sequence[Dim], source: Sequence[Dim], sizes: Sequence[int | Size] | None = None
+    ) -> ir.Value:
         """Reshape to these dims, by constants if at all possible: a size kept in place is 0, one free size is -1.
 
         sizes: the sizes as computed, used if two or more must be; the sizes known of the inputs otherwise.
@@ -196,7 +198,9 @@ class Lowering:
         except LwError:
             raise
         except Exception as error:
-            raise Refused(f"cannot lower this use of {node.target}: {type(error).__name__}: {error}\n{surroundings(node)}") from error
+            raise Refused(
+                f"cannot lower this use of {node.target}: {type(error).__name__}: {error}\n{surroundings(node)}"
+            ) from error
         self.values[node] = self._typed(node, result)
 
     def _typed(self, node: fx.Node, result: Any) -> Any:

@@ -215,4 +215,3 @@ def stored_zeros(packed: Tensor, storage: Storage) -> Tensor:
 def centre_byte(storage: Storage) -> int:
     """A byte of zero points for the symmetric grid: its centre, at the runtime's width."""
     return storage.format.center * (0x11 if storage.width == 4 else 1)
-

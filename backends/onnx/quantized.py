@@ -211,7 +211,13 @@ class Quantized:
             return b.op("Reshape", self._cut(flat, count), b.ints(shape))
         total = -(-count // 8) * 8
         if bits != width:
-            flat = b.call(f"Unpack{bits}to{width}", lambda: unpack_function(bits, width), stored, b.ints(shape if total == count else [-1]), dtype=UINT8)
+            flat = b.call(
+                f"Unpack{bits}to{width}",
+                lambda: unpack_function(bits, width),
+                stored,
+                b.ints(shape if total == count else [-1]),
+                dtype=UINT8,
+            )
             return flat if total == count else b.op("Reshape", self._cut(flat, count), b.ints(shape))
         return b.op("Reshape", stored if total == count else self._cut(stored, count), b.ints(shape))
 

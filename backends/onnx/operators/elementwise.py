@@ -33,17 +33,17 @@ COMPARISONS = {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater"
 LOGIC = {"and": ("And", "BitwiseAnd"), "or": ("Or", "BitwiseOr"), "xor": ("Xor", "BitwiseXor")}
 
 
-def operand(l: Lowering, item: Any, kind: ir.DataType) -> ir.Value:
+def operand(g: Lowering, item: Any, kind: ir.DataType) -> ir.Value:
     """A tensor, number or size as a tensor of this dtype; numbers have rank 0."""
-    return l.b.cast(item, kind) if isinstance(item, ir.Value) else l.b.point(item, kind)
+    return g.b.cast(item, kind) if isinstance(item, ir.Value) else g.b.point(item, kind)
 
 
-def promoted(l: Lowering, *items: Any) -> ir.DataType:
+def promoted(g: Lowering, *items: Any) -> ir.DataType:
     """The dtype torch computes with: of nodes by their tensors, of numbers by their kind."""
     examples: list[Any] = []
     for item in items:
-        if isinstance(item, fx.Node) and item in l.extents.dtypes:
-            examples.append(torch.empty((1,) * l.rank(item), dtype=l.dtype(item)))
+        if isinstance(item, fx.Node) and item in g.extents.dtypes:
+            examples.append(torch.empty((1,) * g.rank(item), dtype=g.dtype(item)))
         elif isinstance(item, fx.Node):
             examples.append(1)
         else:
@@ -55,66 +55,66 @@ def promoted(l: Lowering, *items: Any) -> ir.DataType:
 
 
 @lowers(*UNARY)
-def unary(l: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
+def unary(g: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
     name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
-    return l.b.op(UNARY[name], l.b.cast(x, l.kind(node)))
+    return g.b.op(UNARY[name], g.b.cast(x, g.kind(node)))
 
 
 @lowers(*(f"{name}.{kind}" for name in BINARY for kind in ("Tensor", "Scalar", "other", "Tensor_Tensor", "Tensor_Scalar")),
         "minimum", "maximum", "pow.Scalar", "rsub.Scalar", "rsub.Tensor")  # fmt: skip
-def binary(l: Lowering, node: fx.Node, x: Any, y: Any, alpha: Any = 1) -> ir.Value:
+def binary(g: Lowering, node: fx.Node, x: Any, y: Any, alpha: Any = 1) -> ir.Value:
     name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
     if name == "rsub":
         name, x, y = "sub", y, x
-    kind = l.kind(node)
+    kind = g.kind(node)
     if name == "pow":
-        return power(l, operand(l, x, kind), y, kind)
+        return power(g, operand(g, x, kind), y, kind)
     if name in ("add", "sub") and alpha == 1 and not isinstance(y, ir.Value | Size) and y == 0:
-        return l.b.cast(x, kind)
-    left, right = operand(l, x, kind), operand(l, y, kind)
+        return g.b.cast(x, kind)
+    left, right = operand(g, x, kind), operand(g, y, kind)
     if alpha != 1:
-        right = l.b.op("Mul", right, operand(l, alpha, kind))
+        right = g.b.op("Mul", right, operand(g, alpha, kind))
     if kind == BOOL:
-        return l.b.op({"add": "Or", "mul": "And", "max": "Or", "min": "And"}[name], left, right)
-    return l.b.op(BINARY[name], left, right)
+        return g.b.op({"add": "Or", "mul": "And", "max": "Or", "min": "And"}[name], left, right)
+    return g.b.op(BINARY[name], left, right)
 
 
-def power(l: Lowering, x: ir.Value, exponent: Any, kind: ir.DataType) -> ir.Value:
+def power(g: Lowering, x: ir.Value, exponent: Any, kind: ir.DataType) -> ir.Value:
     if exponent == 2:
-        return l.b.op("Mul", x, x)
+        return g.b.op("Mul", x, x)
     if exponent == 3:
-        return l.b.op("Mul", l.b.op("Mul", x, x), x)
+        return g.b.op("Mul", g.b.op("Mul", x, x), x)
     if exponent == 0.5:
-        return l.b.op("Sqrt", x)
+        return g.b.op("Sqrt", x)
     if exponent == -0.5:
-        return l.b.op("Reciprocal", l.b.op("Sqrt", x))
-    return l.b.op("Pow", x, operand(l, exponent, kind))
+        return g.b.op("Reciprocal", g.b.op("Sqrt", x))
+    return g.b.op("Pow", x, operand(g, exponent, kind))
 
 
 @lowers("div.Tensor_mode", "div.Scalar_mode")
-def rounded_division(l: Lowering, node: fx.Node, x: Any, y: Any, rounding_mode: str | None = None) -> ir.Value:
+def rounded_division(g: Lowering, node: fx.Node, x: Any, y: Any, rounding_mode: str | None = None) -> ir.Value:
     if rounding_mode == "floor":
-        return floor_divide(l, node, x, y)
-    kind = l.kind(node)
-    quotient = l.b.op("Div", operand(l, x, kind), operand(l, y, kind))
+        return floor_divide(g, node, x, y)
+    kind = g.kind(node)
+    quotient = g.b.op("Div", operand(g, x, kind), operand(g, y, kind))
     if rounding_mode is None or kind not in _FLOATS:
         return quotient
-    return l.b.op("Mul", l.b.op("Sign", quotient), l.b.op("Floor", l.b.op("Abs", quotient)))
+    return g.b.op("Mul", g.b.op("Sign", quotient), g.b.op("Floor", g.b.op("Abs", quotient)))
 
 
 @lowers("floor_divide", "floor_divide.Scalar")
-def floor_divide(l: Lowering, node: fx.Node, x: Any, y: Any) -> ir.Value:
-    b, kind = l.b, l.kind(node)
-    left, right = operand(l, x, kind), operand(l, y, kind)
+def floor_divide(g: Lowering, node: fx.Node, x: Any, y: Any) -> ir.Value:
+    b, kind = g.b, g.kind(node)
+    left, right = operand(g, x, kind), operand(g, y, kind)
     if kind in _FLOATS:
         return b.op("Floor", b.op("Div", left, right))
     return b.op("Div", b.op("Sub", left, b.op("Mod", left, right)), right)
 
 
 @lowers("remainder.Tensor", "remainder.Scalar", "fmod.Tensor", "fmod.Scalar")
-def remainder(l: Lowering, node: fx.Node, x: Any, y: Any) -> ir.Value:
-    b, kind = l.b, l.kind(node)
-    left, right = operand(l, x, kind), operand(l, y, kind)
+def remainder(g: Lowering, node: fx.Node, x: Any, y: Any) -> ir.Value:
+    b, kind = g.b, g.kind(node)
+    left, right = operand(g, x, kind), operand(g, y, kind)
     if "fmod" in str(node.target):
         return b.op("Mod", left, right, fmod=1)
     if kind not in _FLOATS:
@@ -123,59 +123,59 @@ def remainder(l: Lowering, node: fx.Node, x: Any, y: Any) -> ir.Value:
 
 
 @lowers(*(f"{name}.{kind}" for name in (*COMPARISONS, "ne") for kind in ("Tensor", "Scalar")))
-def comparison(l: Lowering, node: fx.Node, x: Any, y: Any) -> ir.Value:
-    kind = promoted(l, *node.args)
+def comparison(g: Lowering, node: fx.Node, x: Any, y: Any) -> ir.Value:
+    kind = promoted(g, *node.args)
     name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
     if kind == BOOL and name not in ("eq", "ne"):
         kind = ir.DataType.INT32
-    left, right = operand(l, x, kind), operand(l, y, kind)
+    left, right = operand(g, x, kind), operand(g, y, kind)
     if name == "ne":
-        return l.b.op("Not", l.b.op("Equal", left, right, dtype=BOOL))
-    return l.b.op(COMPARISONS[name], left, right, dtype=BOOL)
+        return g.b.op("Not", g.b.op("Equal", left, right, dtype=BOOL))
+    return g.b.op(COMPARISONS[name], left, right, dtype=BOOL)
 
 
 @lowers(*(f"{prefix}{name}{suffix}" for name in LOGIC for prefix, suffix in (("bitwise_", ".Tensor"), ("bitwise_", ".Scalar"),
         ("logical_", ""), ("__", "__.Tensor"), ("__", "__.Scalar"))))  # fmt: skip
-def logic(l: Lowering, node: fx.Node, x: Any, y: Any) -> ir.Value:
+def logic(g: Lowering, node: fx.Node, x: Any, y: Any) -> ir.Value:
     name = node.target._schema.name.removeprefix("aten::").removeprefix("bitwise_").removeprefix("logical_").strip("_")  # type: ignore[union-attr]
-    kind = l.kind(node)
-    return l.b.op(LOGIC[name][kind != BOOL], truth(l, x, kind), truth(l, y, kind))
+    kind = g.kind(node)
+    return g.b.op(LOGIC[name][kind != BOOL], truth(g, x, kind), truth(g, y, kind))
 
 
-def truth(l: Lowering, x: Any, kind: ir.DataType) -> ir.Value:
-    return operand(l, x, kind)
+def truth(g: Lowering, x: Any, kind: ir.DataType) -> ir.Value:
+    return operand(g, x, kind)
 
 
 @lowers("logical_not", "bitwise_not")
-def logical_not(l: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
+def logical_not(g: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
     if x.dtype == BOOL or "logical" in str(node.target):
-        return l.b.op("Not", l.b.cast(x, BOOL))
-    return l.b.op("BitwiseNot", x)
+        return g.b.op("Not", g.b.cast(x, BOOL))
+    return g.b.op("BitwiseNot", x)
 
 
 @lowers("isnan")
-def isnan(l: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
-    return l.b.op("IsNaN", x, dtype=BOOL)
+def isnan(g: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
+    return g.b.op("IsNaN", x, dtype=BOOL)
 
 
 @lowers("isinf")
-def isinf(l: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
-    return l.b.op("IsInf", x, dtype=BOOL)
+def isinf(g: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
+    return g.b.op("IsInf", x, dtype=BOOL)
 
 
 @lowers("rsqrt")
-def rsqrt(l: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
-    return l.b.op("Reciprocal", l.b.op("Sqrt", l.b.cast(x, l.kind(node))))
+def rsqrt(g: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
+    return g.b.op("Reciprocal", g.b.op("Sqrt", g.b.cast(x, g.kind(node))))
 
 
 @lowers("square")
-def square(l: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
-    return l.b.op("Mul", x, x)
+def square(g: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
+    return g.b.op("Mul", x, x)
 
 
 @lowers("log1p", "expm1", "log2", "log10")
-def shifted(l: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
-    b, name, x = l.b, str(node.target), l.b.cast(x, l.kind(node))
+def shifted(g: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
+    b, name, x = g.b, str(node.target), g.b.cast(x, g.kind(node))
     if "log1p" in name:
         return b.op("Log", b.op("Add", x, b.scalar(1.0, x)))
     if "expm1" in name:
@@ -187,119 +187,119 @@ def shifted(l: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
 
 
 @lowers("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
-def where(l: Lowering, node: fx.Node, condition: ir.Value, x: Any, y: Any) -> ir.Value:
-    kind = l.kind(node)
-    return l.b.op("Where", l.b.cast(condition, BOOL), operand(l, x, kind), operand(l, y, kind), dtype=kind)
+def where(g: Lowering, node: fx.Node, condition: ir.Value, x: Any, y: Any) -> ir.Value:
+    kind = g.kind(node)
+    return g.b.op("Where", g.b.cast(condition, BOOL), operand(g, x, kind), operand(g, y, kind), dtype=kind)
 
 
 @lowers("masked_fill.Scalar", "masked_fill.Tensor")
-def masked_fill(l: Lowering, node: fx.Node, x: ir.Value, mask: ir.Value, value: Any) -> ir.Value:
-    return l.b.op("Where", l.b.cast(mask, BOOL), operand(l, value, l.kind(node)), x, dtype=l.kind(node))
+def masked_fill(g: Lowering, node: fx.Node, x: ir.Value, mask: ir.Value, value: Any) -> ir.Value:
+    return g.b.op("Where", g.b.cast(mask, BOOL), operand(g, value, g.kind(node)), x, dtype=g.kind(node))
 
 
 @lowers("clamp", "clamp.Tensor", "hardtanh", "clip")
-def clamp(l: Lowering, node: fx.Node, x: ir.Value, low: Any = None, high: Any = None) -> ir.Value:
-    kind = l.kind(node)
+def clamp(g: Lowering, node: fx.Node, x: ir.Value, low: Any = None, high: Any = None) -> ir.Value:
+    kind = g.kind(node)
     if "hardtanh" in str(node.target):
         low, high = -1.0 if low is None else low, 1.0 if high is None else high
-    x = l.b.cast(x, kind)
+    x = g.b.cast(x, kind)
     if low is not None:
-        x = l.b.op("Max", x, operand(l, low, kind))
-    return x if high is None else l.b.op("Min", x, operand(l, high, kind))
+        x = g.b.op("Max", x, operand(g, low, kind))
+    return x if high is None else g.b.op("Min", x, operand(g, high, kind))
 
 
 @lowers("clamp_min", "clamp_min.Tensor")
-def clamp_min(l: Lowering, node: fx.Node, x: ir.Value, low: Any) -> ir.Value:
-    return clamp(l, node, x, low)
+def clamp_min(g: Lowering, node: fx.Node, x: ir.Value, low: Any) -> ir.Value:
+    return clamp(g, node, x, low)
 
 
 @lowers("clamp_max", "clamp_max.Tensor")
-def clamp_max(l: Lowering, node: fx.Node, x: ir.Value, high: Any) -> ir.Value:
-    return clamp(l, node, x, None, high)
+def clamp_max(g: Lowering, node: fx.Node, x: ir.Value, high: Any) -> ir.Value:
+    return clamp(g, node, x, None, high)
 
 
 # --- activations
 
 
 @lowers("silu")
-def silu(l: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
-    return l.b.op("Mul", x, l.b.op("Sigmoid", x))
+def silu(g: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
+    return g.b.op("Mul", x, g.b.op("Sigmoid", x))
 
 
 @lowers("gelu")
-def gelu(l: Lowering, node: fx.Node, x: ir.Value, approximate: str = "none") -> ir.Value:
-    return l.b.op("Gelu", x, approximate=approximate)
+def gelu(g: Lowering, node: fx.Node, x: ir.Value, approximate: str = "none") -> ir.Value:
+    return g.b.op("Gelu", x, approximate=approximate)
 
 
 @lowers("leaky_relu")
-def leaky_relu(l: Lowering, node: fx.Node, x: ir.Value, slope: float = 0.01) -> ir.Value:
-    return l.b.op("LeakyRelu", x, alpha=float(slope))
+def leaky_relu(g: Lowering, node: fx.Node, x: ir.Value, slope: float = 0.01) -> ir.Value:
+    return g.b.op("LeakyRelu", x, alpha=float(slope))
 
 
 @lowers("elu")
-def elu(l: Lowering, node: fx.Node, x: ir.Value, alpha: float = 1.0, scale: float = 1, input_scale: float = 1) -> ir.Value:
+def elu(g: Lowering, node: fx.Node, x: ir.Value, alpha: float = 1.0, scale: float = 1, input_scale: float = 1) -> ir.Value:
     if (scale, input_scale) != (1, 1):
         raise Refused("elu with scales", site=node.name)
-    return l.b.op("Elu", x, alpha=float(alpha))
+    return g.b.op("Elu", x, alpha=float(alpha))
 
 
 @lowers("softplus")
-def softplus(l: Lowering, node: fx.Node, x: ir.Value, beta: float = 1, threshold: float = 20) -> ir.Value:
-    b, scaled = l.b, x if beta == 1 else l.b.op("Mul", x, l.b.scalar(float(beta), x))
+def softplus(g: Lowering, node: fx.Node, x: ir.Value, beta: float = 1, threshold: float = 20) -> ir.Value:
+    b, scaled = g.b, x if beta == 1 else g.b.op("Mul", x, g.b.scalar(float(beta), x))
     soft = b.op("Softplus", scaled)
     soft = soft if beta == 1 else b.op("Div", soft, b.scalar(float(beta), x))
     return b.op("Where", b.op("Greater", scaled, b.scalar(float(threshold), x), dtype=BOOL), x, soft, dtype=x.dtype)
 
 
 @lowers("hardsigmoid")
-def hardsigmoid(l: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
-    return l.b.op("HardSigmoid", x, alpha=1 / 6, beta=0.5)
+def hardsigmoid(g: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
+    return g.b.op("HardSigmoid", x, alpha=1 / 6, beta=0.5)
 
 
 @lowers("hardswish")
-def hardswish(l: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
-    return l.b.op("HardSwish", x)
+def hardswish(g: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
+    return g.b.op("HardSwish", x)
 
 
 @lowers("log_sigmoid")
-def log_sigmoid(l: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
-    return l.b.op("Neg", l.b.op("Softplus", l.b.op("Neg", x)))
+def log_sigmoid(g: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
+    return g.b.op("Neg", g.b.op("Softplus", g.b.op("Neg", x)))
 
 
 @lowers("prelu")
-def prelu(l: Lowering, node: fx.Node, x: ir.Value, weight: ir.Value) -> ir.Value:
-    if l.dims(node.args[1]) != (1,):
-        weight = l.b.op("Reshape", weight, l.b.ints([-1] + [1] * (l.rank(node) - 2)))
-    return l.b.op("PRelu", x, weight)
+def prelu(g: Lowering, node: fx.Node, x: ir.Value, weight: ir.Value) -> ir.Value:
+    if g.dims(node.args[1]) != (1,):
+        weight = g.b.op("Reshape", weight, g.b.ints([-1] + [1] * (g.rank(node) - 2)))
+    return g.b.op("PRelu", x, weight)
 
 
 @lowers("glu")
-def glu(l: Lowering, node: fx.Node, x: ir.Value, dim: int = -1) -> ir.Value:
-    value, gate = l.b.ops("Split", x, outputs=2, axis=dim, num_outputs=2)
-    return l.b.op("Mul", value, l.b.op("Sigmoid", gate))
+def glu(g: Lowering, node: fx.Node, x: ir.Value, dim: int = -1) -> ir.Value:
+    value, gate = g.b.ops("Split", x, outputs=2, axis=dim, num_outputs=2)
+    return g.b.op("Mul", value, g.b.op("Sigmoid", gate))
 
 
 # --- casts and copies
 
 
 @lowers("_to_copy", "type_as", "to.dtype", "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "copy", "dropout")
-def copy(l: Lowering, node: fx.Node, x: ir.Value, *args: Any, **kwargs: Any) -> ir.Value:
+def copy(g: Lowering, node: fx.Node, x: ir.Value, *args: Any, **kwargs: Any) -> ir.Value:
     if str(node.target) == "aten.copy.default":
-        source = l.b.cast(args[0], l.kind(node))
-        dims = l.dims(node)
-        return source if l.dims(node.args[1]) == dims else l.b.op("Expand", source, l.b.shape(l.sizes(node, x)))
-    return l.b.cast(x, l.kind(node))
+        source = g.b.cast(args[0], g.kind(node))
+        dims = g.dims(node)
+        return source if g.dims(node.args[1]) == dims else g.b.op("Expand", source, g.b.shape(g.sizes(node, x)))
+    return g.b.cast(x, g.kind(node))
 
 
 @lowers("addcmul")
-def addcmul(l: Lowering, node: fx.Node, x: ir.Value, a: ir.Value, c: ir.Value, value: float = 1) -> ir.Value:
-    product = l.b.op("Mul", a, c)
-    return l.b.op("Add", x, product if value == 1 else l.b.op("Mul", product, l.b.scalar(value, product)))
+def addcmul(g: Lowering, node: fx.Node, x: ir.Value, a: ir.Value, c: ir.Value, value: float = 1) -> ir.Value:
+    product = g.b.op("Mul", a, c)
+    return g.b.op("Add", x, product if value == 1 else g.b.op("Mul", product, g.b.scalar(value, product)))
 
 
 @lowers("lerp.Scalar", "lerp.Tensor")
-def lerp(l: Lowering, node: fx.Node, x: ir.Value, y: ir.Value, weight: Any) -> ir.Value:
-    return l.b.op("Add", x, l.b.op("Mul", l.b.op("Sub", y, x), operand(l, weight, l.kind(node))))
+def lerp(g: Lowering, node: fx.Node, x: ir.Value, y: ir.Value, weight: Any) -> ir.Value:
+    return g.b.op("Add", x, g.b.op("Mul", g.b.op("Sub", y, x), operand(g, weight, g.kind(node))))
 
 
 _ = MICROSOFT, INT64, FLOAT

@@ -14,38 +14,38 @@ from lwcompile.errors import Refused
 
 
 @lowers("lwcompile.dequantize", nodes=True)
-def dequantize(l: Lowering, node: fx.Node, *args: Any) -> ir.Value:
+def dequantize(g: Lowering, node: fx.Node, *args: Any) -> ir.Value:
     """The dense weight, for readers that have no packed kernel; dropped again if there is none."""
-    packed = quantized_weight(l.graph, node)
+    packed = quantized_weight(g.graph, node)
     if packed is None:
         raise Refused("the packed weight is computed, not stored", site=node.meta.get("path") or node.name)
-    return l.quantized.dense(packed)
+    return g.quantized.dense(packed)
 
 
 @lowers("linear", nodes=True)
-def linear(l: Lowering, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> ir.Value:
-    source, offset = l.value(x), None if bias is None else l.value(bias)
-    packed = quantized_weight(l.graph, weight)
+def linear(g: Lowering, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> ir.Value:
+    source, offset = g.value(x), None if bias is None else g.value(bias)
+    packed = quantized_weight(g.graph, weight)
     if packed is not None:
-        value = l.quantized.linear(packed, source, offset, l.rank(x))
+        value = g.quantized.linear(packed, source, offset, g.rank(x))
         if value is not None:
             return value
-    if weight.op == "get_attr" and l.rank(weight) == 2:
-        matrix = l.transposed(weight)
+    if weight.op == "get_attr" and g.rank(weight) == 2:
+        matrix = g.transposed(weight)
     else:
-        matrix = l.b.op("Transpose", l.value(weight), perm=[1, 0])
-    value = l.b.op("MatMul", source, matrix)
-    return value if offset is None else l.b.op("Add", value, offset)
+        matrix = g.b.op("Transpose", g.value(weight), perm=[1, 0])
+    value = g.b.op("MatMul", source, matrix)
+    return value if offset is None else g.b.op("Add", value, offset)
 
 
 @lowers("matmul", "mm", "bmm", "mv", "dot")
-def matmul(l: Lowering, node: fx.Node, x: ir.Value, y: ir.Value) -> ir.Value:
-    return l.b.op("MatMul", x, y)
+def matmul(g: Lowering, node: fx.Node, x: ir.Value, y: ir.Value) -> ir.Value:
+    return g.b.op("MatMul", x, y)
 
 
 @lowers("addmm", "baddbmm", "addbmm")
-def addmm(l: Lowering, node: fx.Node, bias: ir.Value, x: ir.Value, y: ir.Value, *, beta: float = 1, alpha: float = 1) -> ir.Value:
-    b = l.b
+def addmm(g: Lowering, node: fx.Node, bias: ir.Value, x: ir.Value, y: ir.Value, *, beta: float = 1, alpha: float = 1) -> ir.Value:
+    b = g.b
     if operator_name(node) == "addbmm":
         raise Refused("addbmm", site=node.name)
     product = b.op("MatMul", x, y)
@@ -56,5 +56,5 @@ def addmm(l: Lowering, node: fx.Node, bias: ir.Value, x: ir.Value, y: ir.Value, 
 
 
 @lowers("einsum")
-def einsum(l: Lowering, node: fx.Node, equation: str, parts: Sequence[ir.Value], **kwargs: Any) -> ir.Value:
-    return l.b.op("Einsum", *parts, equation=equation)
+def einsum(g: Lowering, node: fx.Node, equation: str, parts: Sequence[ir.Value], **kwargs: Any) -> ir.Value:
+    return g.b.op("Einsum", *parts, equation=equation)

@@ -17,46 +17,46 @@ REDUCTIONS = {"sum": "ReduceSum", "mean": "ReduceMean", "amax": "ReduceMax", "am
               "logsumexp": "ReduceLogSumExp", "max": "ReduceMax", "min": "ReduceMin"}  # fmt: skip
 
 
-def axes(l: Lowering, dims: Any) -> ir.Value | None:
+def axes(g: Lowering, dims: Any) -> ir.Value | None:
     if dims is None or (isinstance(dims, list | tuple) and not dims):
         return None
-    return l.b.ints([dims] if isinstance(dims, int) else list(dims))
+    return g.b.ints([dims] if isinstance(dims, int) else list(dims))
 
 
 @lowers("sum", "sum.dim_IntList", "mean", "mean.dim", "amax", "amin", "prod", "prod.dim_int", "logsumexp", "max", "min")
-def reduction(l: Lowering, node: fx.Node, x: ir.Value, dims: Any = None, keepdim: bool = False, **kwargs: Any) -> ir.Value:
+def reduction(g: Lowering, node: fx.Node, x: ir.Value, dims: Any = None, keepdim: bool = False, **kwargs: Any) -> ir.Value:
     name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
-    return l.b.op(REDUCTIONS[name], l.b.cast(x, l.kind(node)), axes(l, dims), keepdims=int(keepdim))
+    return g.b.op(REDUCTIONS[name], g.b.cast(x, g.kind(node)), axes(g, dims), keepdims=int(keepdim))
 
 
 @lowers("any", "any.dim", "any.dims", "all", "all.dim", "all.dims")
-def quantifier(l: Lowering, node: fx.Node, x: ir.Value, dims: Any = None, keepdim: bool = False) -> ir.Value:
-    numbers = l.b.cast(l.b.cast(x, BOOL), INT32)
+def quantifier(g: Lowering, node: fx.Node, x: ir.Value, dims: Any = None, keepdim: bool = False) -> ir.Value:
+    numbers = g.b.cast(g.b.cast(x, BOOL), INT32)
     kind = "ReduceMax" if "any" in str(node.target) else "ReduceMin"
-    return l.b.cast(l.b.op(kind, numbers, axes(l, dims), keepdims=int(keepdim)), BOOL)
+    return g.b.cast(g.b.op(kind, numbers, axes(g, dims), keepdims=int(keepdim)), BOOL)
 
 
 @lowers("max.dim", "min.dim")
-def extreme(l: Lowering, node: fx.Node, x: ir.Value, dim: int, keepdim: bool = False) -> tuple[ir.Value, ir.Value]:
+def extreme(g: Lowering, node: fx.Node, x: ir.Value, dim: int, keepdim: bool = False) -> tuple[ir.Value, ir.Value]:
     largest = "max" in str(node.target)
-    value = l.b.op("ReduceMax" if largest else "ReduceMin", x, l.b.ints([dim]), keepdims=int(keepdim))
-    at = l.b.op("ArgMax" if largest else "ArgMin", x, axis=dim, keepdims=int(keepdim), dtype=INT64)
+    value = g.b.op("ReduceMax" if largest else "ReduceMin", x, g.b.ints([dim]), keepdims=int(keepdim))
+    at = g.b.op("ArgMax" if largest else "ArgMin", x, axis=dim, keepdims=int(keepdim), dtype=INT64)
     return value, at
 
 
 @lowers("argmax", "argmin")
-def argument(l: Lowering, node: fx.Node, x: ir.Value, dim: int | None = None, keepdim: bool = False) -> ir.Value:
+def argument(g: Lowering, node: fx.Node, x: ir.Value, dim: int | None = None, keepdim: bool = False) -> ir.Value:
     kind = "ArgMax" if "argmax" in str(node.target) else "ArgMin"
-    x = l.b.cast(x, INT32) if x.dtype in (BOOL, INT64) else x
+    x = g.b.cast(x, INT32) if x.dtype in (BOOL, INT64) else x
     if dim is None:
-        return l.b.op(kind, l.b.op("Reshape", x, l.b.ints([-1])), axis=0, keepdims=0, dtype=INT64)
-    return l.b.op(kind, x, axis=dim, keepdims=int(keepdim), dtype=INT64)
+        return g.b.op(kind, g.b.op("Reshape", x, g.b.ints([-1])), axis=0, keepdims=0, dtype=INT64)
+    return g.b.op(kind, x, axis=dim, keepdims=int(keepdim), dtype=INT64)
 
 
 @lowers("var.correction", "var.dim", "std.correction", "std.dim", "var_mean.correction")
-def variance(l: Lowering, node: fx.Node, x: ir.Value, dims: Any = None, *args: Any, keepdim: bool = False, **kwargs: Any) -> Any:
-    b, source = l.b, node.args[0]
-    over = list(range(l.rank(source))) if dims is None else [dims] if isinstance(dims, int) else list(dims)
+def variance(g: Lowering, node: fx.Node, x: ir.Value, dims: Any = None, *args: Any, keepdim: bool = False, **kwargs: Any) -> Any:
+    b, source = g.b, node.args[0]
+    over = list(range(g.rank(source))) if dims is None else [dims] if isinstance(dims, int) else list(dims)
     correction = kwargs.get("correction", 1)
     if args:
         correction, keepdim = int(args[0]), bool(args[1]) if len(args) > 1 else keepdim
@@ -64,7 +64,7 @@ def variance(l: Lowering, node: fx.Node, x: ir.Value, dims: Any = None, *args: A
     off = b.op("Sub", x, mean)
     spread = b.op("ReduceMean", b.op("Mul", off, off), b.ints(over), keepdims=int(keepdim))
     if correction:
-        sizes = [l.dims(source)[d] for d in over]
+        sizes = [g.dims(source)[d] for d in over]
         if not all(isinstance(s, int) for s in sizes):
             raise Refused("the variance over a free size with Bessel's correction", site=node.name)
         count = 1
@@ -79,39 +79,50 @@ def variance(l: Lowering, node: fx.Node, x: ir.Value, dims: Any = None, *args: A
 
 
 @lowers("norm.ScalarOpt_dim", "linalg_vector_norm", "norm.Scalar", "norm.ScalarOpt_dim_dtype")
-def vector_norm(l: Lowering, node: fx.Node, x: ir.Value, order: Any = 2, dims: Any = None, keepdim: bool = False, **kwargs: Any) -> ir.Value:
+def vector_norm(
+    g: Lowering, node: fx.Node, x: ir.Value, order: Any = 2, dims: Any = None, keepdim: bool = False, **kwargs: Any
+) -> ir.Value:
     if order not in (None, 1, 2):
         raise Refused(f"a vector norm of order {order}", site=node.name)
-    return l.b.op("ReduceL1" if order == 1 else "ReduceL2", x, axes(l, dims), keepdims=int(keepdim))
+    return g.b.op("ReduceL1" if order == 1 else "ReduceL2", x, axes(g, dims), keepdims=int(keepdim))
 
 
 @lowers("cumsum")
-def cumsum(l: Lowering, node: fx.Node, x: ir.Value, dim: int, **kwargs: Any) -> ir.Value:
-    return l.b.op("CumSum", l.b.cast(x, l.kind(node)), l.b.point(dim))
+def cumsum(g: Lowering, node: fx.Node, x: ir.Value, dim: int, **kwargs: Any) -> ir.Value:
+    return g.b.op("CumSum", g.b.cast(x, g.kind(node)), g.b.point(dim))
 
 
 @lowers("softmax.int", "_softmax", "log_softmax.int", "_log_softmax")
-def softmax(l: Lowering, node: fx.Node, x: ir.Value, dim: int, *args: Any, **kwargs: Any) -> ir.Value:
+def softmax(g: Lowering, node: fx.Node, x: ir.Value, dim: int, *args: Any, **kwargs: Any) -> ir.Value:
     kind = "LogSoftmax" if "log" in str(node.target) else "Softmax"
-    return l.b.op(kind, l.b.cast(x, l.kind(node)), axis=dim)
+    return g.b.op(kind, g.b.cast(x, g.kind(node)), axis=dim)
 
 
 # --- whole norms
 
 
 @lowers("rms_norm")
-def rms_norm(l: Lowering, node: fx.Node, x: ir.Value, shape: Sequence[int], weight: ir.Value | None = None, eps: float | None = None) -> ir.Value:
+def rms_norm(
+    g: Lowering, node: fx.Node, x: ir.Value, shape: Sequence[int], weight: ir.Value | None = None, eps: float | None = None
+) -> ir.Value:
     """One kernel on CPU since opset 23. torch's default epsilon is the dtype's."""
-    scale = weight if weight is not None else l.b.constant(_ones(shape), l.kind(node))
-    return l.b.op("RMSNormalization", x, scale, axis=-len(shape), epsilon=1.1920929e-07 if eps is None else eps)
+    scale = weight if weight is not None else g.b.constant(_ones(shape), g.kind(node))
+    return g.b.op("RMSNormalization", x, scale, axis=-len(shape), epsilon=1.1920929e-07 if eps is None else eps)
 
 
 @lowers("layer_norm", "native_layer_norm")
 def layer_norm(
-    l: Lowering, node: fx.Node, x: ir.Value, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *args: Any
+    g: Lowering,
+    node: fx.Node,
+    x: ir.Value,
+    shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *args: Any,
 ) -> Any:
-    scale = weight if weight is not None else l.b.constant(_ones(shape), x.dtype or ir.DataType.FLOAT)
-    value = l.b.op("LayerNormalization", x, scale, bias, axis=-len(shape), epsilon=eps)
+    scale = weight if weight is not None else g.b.constant(_ones(shape), x.dtype or ir.DataType.FLOAT)
+    value = g.b.op("LayerNormalization", x, scale, bias, axis=-len(shape), epsilon=eps)
     return (value, None, None) if "native" in str(node.target) else value
 
 
@@ -121,10 +132,10 @@ def _ones(shape: Sequence[int]) -> Any:
 
 @lowers("group_norm")
 def group_norm(
-    l: Lowering, node: fx.Node, x: ir.Value, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *args: Any
+    g: Lowering, node: fx.Node, x: ir.Value, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *args: Any
 ) -> ir.Value:
     """Instance norm over groups of channels; then each channel's weight and bias."""
-    b, dims = l.b, l.dims(node)
+    b, dims = g.b, g.dims(node)
     grouped = b.op("Reshape", x, b.ints([0, groups, -1]))
     one, zero = b.constant([1.0] * groups, ir.DataType.FLOAT), b.constant([0.0] * groups, ir.DataType.FLOAT)
     normed = b.op("Reshape", b.op("InstanceNormalization", grouped, one, zero, epsilon=eps), b.op("Shape", x, dtype=INT64))
@@ -135,13 +146,13 @@ def group_norm(
 
 
 @lowers("batch_norm", "_native_batch_norm_legit_no_training")
-def batch_norm(l: Lowering, node: fx.Node, x: ir.Value, weight: Any, bias: Any, mean: Any, var: Any, *args: Any) -> Any:
+def batch_norm(g: Lowering, node: fx.Node, x: ir.Value, weight: Any, bias: Any, mean: Any, var: Any, *args: Any) -> Any:
     numbers = [a for a in args if isinstance(a, float)]
     if args and args[0] is True:
         raise Refused("batch_norm in training mode; call eval() on the model first", site=node.name)
-    eps, channels = numbers[-1], l.dims(node.args[0])[1]
+    eps, channels = numbers[-1], g.dims(node.args[0])[1]
     assert isinstance(channels, int)
-    weight = weight if weight is not None else l.b.constant([1.0] * channels, ir.DataType.FLOAT)
-    bias = bias if bias is not None else l.b.constant([0.0] * channels, ir.DataType.FLOAT)
-    value = l.b.op("BatchNormalization", x, weight, bias, mean, var, epsilon=eps)
+    weight = weight if weight is not None else g.b.constant([1.0] * channels, ir.DataType.FLOAT)
+    bias = bias if bias is not None else g.b.constant([0.0] * channels, ir.DataType.FLOAT)
+    value = g.b.op("BatchNormalization", x, weight, bias, mean, var, epsilon=eps)
     return (value, None, None) if "native" in str(node.target) else value

@@ -16,56 +16,56 @@ LAST = (1 << 63) - 1
 
 
 @lowers("reshape", "view", "_unsafe_view", "flatten.using_ints", "unflatten.int", "view_as", "reshape_as", "ravel")
-def reshape(l: Lowering, node: fx.Node, x: ir.Value, *args: Any) -> ir.Value:
+def reshape(g: Lowering, node: fx.Node, x: ir.Value, *args: Any) -> ir.Value:
     sizes = args[0] if str(node.target) in ("aten.reshape.default", "aten.view.default", "aten._unsafe_view.default") else None
-    return l.reshape(x, l.dims(node), l.dims(node.args[0]), sizes)
+    return g.reshape(x, g.dims(node), g.dims(node.args[0]), sizes)
 
 
 @lowers("unsqueeze")
-def unsqueeze(l: Lowering, node: fx.Node, x: ir.Value, dim: int) -> ir.Value:
-    return l.b.op("Unsqueeze", x, l.b.ints([dim % l.rank(node)]))
+def unsqueeze(g: Lowering, node: fx.Node, x: ir.Value, dim: int) -> ir.Value:
+    return g.b.op("Unsqueeze", x, g.b.ints([dim % g.rank(node)]))
 
 
 @lowers("squeeze.dim", "squeeze.dims", "squeeze")
-def squeeze(l: Lowering, node: fx.Node, x: ir.Value, dims: int | Sequence[int] | None = None) -> ir.Value:
-    before = l.dims(node.args[0])
+def squeeze(g: Lowering, node: fx.Node, x: ir.Value, dims: int | Sequence[int] | None = None) -> ir.Value:
+    before = g.dims(node.args[0])
     wished = range(len(before)) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = [d % len(before) for d in wished if before[d] == 1]
-    return l.b.op("Squeeze", x, l.b.ints(sorted(gone))) if gone else x
+    return g.b.op("Squeeze", x, g.b.ints(sorted(gone))) if gone else x
 
 
 @lowers("transpose.int", "t", "swapaxes", "swapdims")
-def transpose(l: Lowering, node: fx.Node, x: ir.Value, a: int = 0, c: int = 1) -> ir.Value:
-    order = list(range(l.rank(node)))
+def transpose(g: Lowering, node: fx.Node, x: ir.Value, a: int = 0, c: int = 1) -> ir.Value:
+    order = list(range(g.rank(node)))
     if len(order) < 2:
         return x
     order[a], order[c] = order[c], order[a]
-    return l.b.op("Transpose", x, perm=order)
+    return g.b.op("Transpose", x, perm=order)
 
 
 @lowers("permute")
-def permute(l: Lowering, node: fx.Node, x: ir.Value, order: Sequence[int]) -> ir.Value:
+def permute(g: Lowering, node: fx.Node, x: ir.Value, order: Sequence[int]) -> ir.Value:
     order = [d % len(order) for d in order]
-    return x if order == sorted(order) else l.b.op("Transpose", x, perm=order)
+    return x if order == sorted(order) else g.b.op("Transpose", x, perm=order)
 
 
 @lowers("movedim.int", "movedim.intlist")
-def movedim(l: Lowering, node: fx.Node, x: ir.Value, source: Any, target: Any) -> ir.Value:
-    rank = l.rank(node)
+def movedim(g: Lowering, node: fx.Node, x: ir.Value, source: Any, target: Any) -> ir.Value:
+    rank = g.rank(node)
     sources = [d % rank for d in ([source] if isinstance(source, int) else source)]
     targets = [d % rank for d in ([target] if isinstance(target, int) else target)]
     rest = iter(d for d in range(rank) if d not in sources)
     order = [sources[targets.index(d)] if d in targets else next(rest) for d in range(rank)]
-    return l.b.op("Transpose", x, perm=order)
+    return g.b.op("Transpose", x, perm=order)
 
 
 @lowers("expand", "expand_as", "broadcast_to")
-def expand(l: Lowering, node: fx.Node, x: ir.Value, target: Any, **kwargs: Any) -> ir.Value:
+def expand(g: Lowering, node: fx.Node, x: ir.Value, target: Any, **kwargs: Any) -> ir.Value:
     """A size that stays is asked for as 1, which ONNX reads as "as it is"."""
-    before, after = l.dims(node.args[0]), l.dims(node)
+    before, after = g.dims(node.args[0]), g.dims(node)
     before = (1,) * (len(after) - len(before)) + tuple(before)
     if before == after:
-        return x if len(after) == l.rank(node.args[0]) else l.reshape(x, after, l.dims(node.args[0]))
+        return x if len(after) == g.rank(node.args[0]) else g.reshape(x, after, g.dims(node.args[0]))
     given = target if isinstance(target, list | tuple) else None
     sizes: list[int | Size] = []
     for i, (old, new) in enumerate(zip(before, after)):
@@ -74,17 +74,21 @@ def expand(l: Lowering, node: fx.Node, x: ir.Value, target: Any, **kwargs: Any) 
         elif given is not None and given[i] != -1:
             sizes.append(given[i])
         else:
-            sizes.append(l.size(new, target if isinstance(target, ir.Value) else None, i))
-    return l.b.op("Expand", x, l.b.shape(sizes))
+            sizes.append(g.size(new, target if isinstance(target, ir.Value) else None, i))
+    return g.b.op("Expand", x, g.b.shape(sizes))
 
 
 @lowers("repeat", "tile")
-def repeat(l: Lowering, node: fx.Node, x: ir.Value, repeats: Sequence[Any]) -> ir.Value:
-    rank = l.rank(node.args[0])
+def repeat(g: Lowering, node: fx.Node, x: ir.Value, repeats: Sequence[Any]) -> ir.Value:
+    rank = g.rank(node.args[0])
     repeats = [1] * (rank - len(repeats)) + list(repeats)
     if len(repeats) > rank:
-        x = l.b.op("Unsqueeze", x, l.b.ints(list(range(len(repeats) - rank))))
-    return x if all(r == 1 for r in repeats if isinstance(r, int)) and not _any_size(repeats) else l.b.op("Tile", x, l.b.shape(repeats))
+        x = g.b.op("Unsqueeze", x, g.b.ints(list(range(len(repeats) - rank))))
+    return (
+        x
+        if all(r == 1 for r in repeats if isinstance(r, int)) and not _any_size(repeats)
+        else g.b.op("Tile", x, g.b.shape(repeats))
+    )
 
 
 def _any_size(items: Sequence[Any]) -> bool:
@@ -92,92 +96,96 @@ def _any_size(items: Sequence[Any]) -> bool:
 
 
 @lowers("repeat_interleave.self_int")
-def repeat_interleave(l: Lowering, node: fx.Node, x: ir.Value, count: Any, dim: int | None = None, **kwargs: Any) -> ir.Value:
+def repeat_interleave(g: Lowering, node: fx.Node, x: ir.Value, count: Any, dim: int | None = None, **kwargs: Any) -> ir.Value:
     """Each element `count` times: a new axis behind `dim`, expanded and merged."""
-    b, before = l.b, list(l.dims(node.args[0]))
+    b, before = g.b, list(g.dims(node.args[0]))
     if dim is None:
-        x, before, dim = b.op("Reshape", x, b.ints([-1])), [*l.dims(node)], 0
+        x, before, dim = b.op("Reshape", x, b.ints([-1])), [*g.dims(node)], 0
     dim %= len(before)
-    wide = b.op("Expand", b.op("Unsqueeze", x, b.ints([dim + 1])), b.shape([1] * (dim + 1) + [count] + [1] * (len(before) - dim - 1)))
-    return b.op("Reshape", wide, b.shape([*[0] * dim, -1, *_tail(l, node, dim, x)]))
+    wide = b.op(
+        "Expand", b.op("Unsqueeze", x, b.ints([dim + 1])), b.shape([1] * (dim + 1) + [count] + [1] * (len(before) - dim - 1))
+    )
+    return b.op("Reshape", wide, b.shape([*[0] * dim, -1, *_tail(g, node, dim, x)]))
 
 
-def _tail(l: Lowering, node: fx.Node, dim: int, x: ir.Value) -> list[int | Size]:
-    return [l.size(d, x, i + dim + 1) for i, d in enumerate(l.dims(node)[dim + 1 :])]
+def _tail(g: Lowering, node: fx.Node, dim: int, x: ir.Value) -> list[int | Size]:
+    return [g.size(d, x, i + dim + 1) for i, d in enumerate(g.dims(node)[dim + 1 :])]
 
 
 # --- parts
 
 
 @lowers("slice.Tensor", "narrow")
-def slice_(l: Lowering, node: fx.Node, x: ir.Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> ir.Value:
+def slice_(g: Lowering, node: fx.Node, x: ir.Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> ir.Value:
     if "narrow" in str(node.target):
         end = start + end
     start, end = 0 if start is None else start, LAST if end is None else end
     if isinstance(start, int) and isinstance(end, int) and start == 0 and end == LAST and step == 1:
         return x
-    if l.dims(node) == l.dims(node.args[0]) and step == 1:
+    if g.dims(node) == g.dims(node.args[0]) and step == 1:
         return x
-    b = l.b
+    b = g.b
     return b.op("Slice", x, b.vector(start), b.vector(end), b.ints([dim]), b.ints([step]))
 
 
 @lowers("select.int")
-def select(l: Lowering, node: fx.Node, x: ir.Value, dim: int, index: Any) -> ir.Value:
-    return l.b.op("Gather", x, l.b.point(index), axis=dim)
+def select(g: Lowering, node: fx.Node, x: ir.Value, dim: int, index: Any) -> ir.Value:
+    return g.b.op("Gather", x, g.b.point(index), axis=dim)
 
 
-@lowers("split.Tensor", "split.sizes", "split_with_sizes", "chunk", "tensor_split.sections", "unsafe_chunk", "unsafe_split.Tensor")
-def split(l: Lowering, node: fx.Node, x: ir.Value, spec: Any, dim: int = 0) -> tuple[ir.Value, ...]:
+@lowers(
+    "split.Tensor", "split.sizes", "split_with_sizes", "chunk", "tensor_split.sections", "unsafe_chunk", "unsafe_split.Tensor"
+)
+def split(g: Lowering, node: fx.Node, x: ir.Value, spec: Any, dim: int = 0) -> tuple[ir.Value, ...]:
     """Part sizes come from the graph, except where they are free; then the parts are equal."""
     sizes = [v.shape[dim] for v in node.meta["val"]]
-    whole = l.dims(node.args[0])[dim]
+    whole = g.dims(node.args[0])[dim]
     if len(sizes) == 1:
         return (x,)
     if isinstance(whole, int) or (isinstance(spec, list | tuple) and not _any_size(spec)):
-        return l.b.ops("Split", x, l.b.ints(sizes), outputs=len(sizes), axis=dim)
+        return g.b.ops("Split", x, g.b.ints(sizes), outputs=len(sizes), axis=dim)
     if isinstance(spec, list | tuple):
-        return l.b.ops("Split", x, l.b.shape(spec), outputs=len(sizes), axis=dim)
-    return l.b.ops("Split", x, outputs=len(sizes), axis=dim, num_outputs=len(sizes))
+        return g.b.ops("Split", x, g.b.shape(spec), outputs=len(sizes), axis=dim)
+    return g.b.ops("Split", x, outputs=len(sizes), axis=dim, num_outputs=len(sizes))
 
 
 @lowers("unbind.int")
-def unbind(l: Lowering, node: fx.Node, x: ir.Value, dim: int = 0) -> tuple[ir.Value, ...]:
-    return tuple(l.b.op("Gather", x, l.b.point(i), axis=dim) for i in range(len(node.meta["val"])))
+def unbind(g: Lowering, node: fx.Node, x: ir.Value, dim: int = 0) -> tuple[ir.Value, ...]:
+    return tuple(g.b.op("Gather", x, g.b.point(i), axis=dim) for i in range(len(node.meta["val"])))
 
 
 # --- joins
 
 
 @lowers("cat", "concat")
-def cat(l: Lowering, node: fx.Node, parts: Sequence[ir.Value], dim: int = 0) -> ir.Value:
-    kind = l.kind(node)
-    real = [l.b.cast(p, kind) for p, n in zip(parts, node.args[0]) if l.dims(n) != (0,)]  # type: ignore[arg-type]
-    return real[0] if len(real) == 1 else l.b.op("Concat", *real, axis=dim)
+def cat(g: Lowering, node: fx.Node, parts: Sequence[ir.Value], dim: int = 0) -> ir.Value:
+    kind = g.kind(node)
+    real = [g.b.cast(p, kind) for p, n in zip(parts, node.args[0]) if g.dims(n) != (0,)]  # type: ignore[arg-type]
+    return real[0] if len(real) == 1 else g.b.op("Concat", *real, axis=dim)
 
 
 @lowers("stack")
-def stack(l: Lowering, node: fx.Node, parts: Sequence[ir.Value], dim: int = 0) -> ir.Value:
-    axis = l.b.ints([dim % l.rank(node)])
-    return l.b.op("Concat", *(l.b.op("Unsqueeze", l.b.cast(p, l.kind(node)), axis) for p in parts), axis=dim % l.rank(node))
+def stack(g: Lowering, node: fx.Node, parts: Sequence[ir.Value], dim: int = 0) -> ir.Value:
+    axis = g.b.ints([dim % g.rank(node)])
+    return g.b.op("Concat", *(g.b.op("Unsqueeze", g.b.cast(p, g.kind(node)), axis) for p in parts), axis=dim % g.rank(node))
 
 
 @lowers("constant_pad_nd", "pad")
-def pad(l: Lowering, node: fx.Node, x: ir.Value, pads: Sequence[Any], *args: Any) -> ir.Value:
+def pad(g: Lowering, node: fx.Node, x: ir.Value, pads: Sequence[Any], *args: Any) -> ir.Value:
     mode, fill = "constant", 0
     for arg in args:
         mode, fill = (arg, fill) if isinstance(arg, str) else (mode, arg if arg is not None else 0)
-    rank, count = l.rank(node), len(pads) // 2
+    rank, count = g.rank(node), len(pads) // 2
     before: list[Any] = [0] * (rank - count) + [pads[2 * i] for i in reversed(range(count))]
     after: list[Any] = [0] * (rank - count) + [pads[2 * i + 1] for i in reversed(range(count))]
     mode = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}[mode]
-    value = l.b.constant(fill, l.kind(node)) if mode == "constant" else None
-    return l.b.op("Pad", x, l.b.shape(before + after), value, mode=mode)
+    value = g.b.constant(fill, g.kind(node)) if mode == "constant" else None
+    return g.b.op("Pad", x, g.b.shape(before + after), value, mode=mode)
 
 
 @lowers("roll")
-def roll(l: Lowering, node: fx.Node, x: ir.Value, shifts: Sequence[Any], dims: Sequence[int] = ()) -> ir.Value:
-    b = l.b
+def roll(g: Lowering, node: fx.Node, x: ir.Value, shifts: Sequence[Any], dims: Sequence[int] = ()) -> ir.Value:
+    b = g.b
     for shift, dim in zip(shifts, dims):
         cut = b.vector(shift) if isinstance(shift, int) else shift.value
         at = b.ints([-shift]) if isinstance(shift, int) else b.op("Neg", cut)
@@ -188,19 +196,19 @@ def roll(l: Lowering, node: fx.Node, x: ir.Value, shifts: Sequence[Any], dims: S
 
 
 @lowers("flip")
-def flip(l: Lowering, node: fx.Node, x: ir.Value, dims: Sequence[int]) -> ir.Value:
-    b, n = l.b, len(dims)
+def flip(g: Lowering, node: fx.Node, x: ir.Value, dims: Sequence[int]) -> ir.Value:
+    b, n = g.b, len(dims)
     return b.op("Slice", x, b.ints([-1] * n), b.ints([-LAST] * n), b.ints(list(dims)), b.ints([-1] * n))
 
 
 @lowers("meshgrid", "meshgrid.indexing")
-def meshgrid(l: Lowering, node: fx.Node, parts: Sequence[ir.Value], indexing: str = "ij") -> tuple[ir.Value, ...]:
-    b, n, sources = l.b, len(parts), list(node.args[0])  # type: ignore[call-overload]
+def meshgrid(g: Lowering, node: fx.Node, parts: Sequence[ir.Value], indexing: str = "ij") -> tuple[ir.Value, ...]:
+    b, n, sources = g.b, len(parts), list(node.args[0])  # type: ignore[call-overload]
     order = [1, 0, *range(2, n)] if indexing == "xy" else list(range(n))
     axes = {i: order.index(i) for i in range(n)}
     sizes: list[int | Size] = [0] * n
     for i, (part, source) in enumerate(zip(parts, sources)):
-        sizes[axes[i]] = l.size(l.dims(source)[0], part, 0) if l.rank(source) else 1
+        sizes[axes[i]] = g.size(g.dims(source)[0], part, 0) if g.rank(source) else 1
     return tuple(
         b.op("Expand", b.op("Reshape", p, b.ints([-1 if d == axes[i] else 1 for d in range(n)])), b.shape(sizes))
         for i, p in enumerate(parts)
@@ -208,8 +216,8 @@ def meshgrid(l: Lowering, node: fx.Node, parts: Sequence[ir.Value], indexing: st
 
 
 @lowers("diff")
-def diff(l: Lowering, node: fx.Node, x: ir.Value, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> ir.Value:
-    b = l.b
+def diff(g: Lowering, node: fx.Node, x: ir.Value, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> ir.Value:
+    b = g.b
     parts = [p for p in (prepend, x, append) if p is not None]
     x = parts[0] if len(parts) == 1 else b.op("Concat", *parts, axis=dim)
     for _ in range(n):

@@ -18,82 +18,82 @@ _KINDS = {"add": "Add", "sub": "Sub", "mul": "Mul", "sym_max": "Max", "sym_min":
 
 
 @lowers("sym_size.int")
-def sym_size(l: Lowering, node: fx.Node, x: ir.Value, dim: int) -> int | Size:
-    return l.size(l.dims(node.args[0])[dim], x, dim % l.rank(node.args[0]))
+def sym_size(g: Lowering, node: fx.Node, x: ir.Value, dim: int) -> int | Size:
+    return g.size(g.dims(node.args[0])[dim], x, dim % g.rank(node.args[0]))
 
 
 @lowers("sym_numel")
-def sym_numel(l: Lowering, node: fx.Node, x: ir.Value) -> Size:
-    return Size(l.b.op("Reshape", l.b.op("Size", x, dtype=INT64), l.b.ints([1])))
+def sym_numel(g: Lowering, node: fx.Node, x: ir.Value) -> Size:
+    return Size(g.b.op("Reshape", g.b.op("Size", x, dtype=INT64), g.b.ints([1])))
 
 
 @lowers(*(f"size.{name}" for name in _KINDS))
-def arithmetic(l: Lowering, node: fx.Node, x: Any, y: Any) -> Size:
+def arithmetic(g: Lowering, node: fx.Node, x: Any, y: Any) -> Size:
     name = getattr(node.target, "__name__", "")
     kind = FLOAT if any(isinstance(v, float) or (isinstance(v, Size) and v.value.dtype == FLOAT) for v in (x, y)) else INT64
-    return Size(l.b.op(_KINDS[name], l.b.vector(x, kind), l.b.vector(y, kind)))
+    return Size(g.b.op(_KINDS[name], g.b.vector(x, kind), g.b.vector(y, kind)))
 
 
 @lowers("size.floordiv")
-def floordiv(l: Lowering, node: fx.Node, x: Any, y: Any) -> Size:
+def floordiv(g: Lowering, node: fx.Node, x: Any, y: Any) -> Size:
     """Rounds down: integer division in ONNX truncates, which differs for a negative numerator."""
-    b = l.b
+    b = g.b
     left, right = b.vector(x), b.vector(y)
     return Size(b.op("Div", b.op("Sub", left, b.op("Mod", left, right)), right))
 
 
 @lowers("size.truediv")
-def truediv(l: Lowering, node: fx.Node, x: Any, y: Any) -> Size:
-    return Size(l.b.op("Div", l.b.vector(x, FLOAT), l.b.vector(y, FLOAT)))
+def truediv(g: Lowering, node: fx.Node, x: Any, y: Any) -> Size:
+    return Size(g.b.op("Div", g.b.vector(x, FLOAT), g.b.vector(y, FLOAT)))
 
 
 @lowers("size.neg")
-def negative(l: Lowering, node: fx.Node, x: Size) -> Size:
-    return Size(l.b.op("Neg", x.value))
+def negative(g: Lowering, node: fx.Node, x: Size) -> Size:
+    return Size(g.b.op("Neg", x.value))
 
 
 @lowers("size.sym_float")
-def as_float(l: Lowering, node: fx.Node, x: Size) -> Size:
-    return Size(l.b.cast(x.value, FLOAT))
+def as_float(g: Lowering, node: fx.Node, x: Size) -> Size:
+    return Size(g.b.cast(x.value, FLOAT))
 
 
 @lowers("size.sym_int", "size.trunc")
-def as_int(l: Lowering, node: fx.Node, x: Size) -> Size:
-    return Size(l.b.cast(x.value, INT64))
+def as_int(g: Lowering, node: fx.Node, x: Size) -> Size:
+    return Size(g.b.cast(x.value, INT64))
 
 
 @lowers("size.ceil", "size.floor")
-def rounded(l: Lowering, node: fx.Node, x: Size) -> Size:
+def rounded(g: Lowering, node: fx.Node, x: Size) -> Size:
     if x.value.dtype == INT64:
         return x
     kind = "Ceil" if getattr(node.target, "__name__", "") == "ceil" else "Floor"
-    return Size(l.b.cast(l.b.op(kind, x.value), INT64))
+    return Size(g.b.cast(g.b.op(kind, x.value), INT64))
 
 
 @lowers("size.sym_sqrt", "size.sqrt", "size._sym_sqrt")
-def root(l: Lowering, node: fx.Node, x: Size) -> Size:
-    return Size(l.b.op("Sqrt", l.b.cast(x.value, FLOAT)))
+def root(g: Lowering, node: fx.Node, x: Size) -> Size:
+    return Size(g.b.op("Sqrt", g.b.cast(x.value, FLOAT)))
 
 
 @lowers("size.pow")
-def power(l: Lowering, node: fx.Node, x: Any, y: Any) -> Size:
+def power(g: Lowering, node: fx.Node, x: Any, y: Any) -> Size:
     kind = FLOAT if isinstance(y, float) else INT64
-    return Size(l.b.op("Pow", l.b.vector(x, kind), l.b.vector(y, kind)))
+    return Size(g.b.op("Pow", g.b.vector(x, kind), g.b.vector(y, kind)))
 
 
 @lowers("size.sym_sum")
-def total(l: Lowering, node: fx.Node, items: list[Any]) -> Size:
-    value = l.b.vector(items[0])
+def total(g: Lowering, node: fx.Node, items: list[Any]) -> Size:
+    value = g.b.vector(items[0])
     for item in items[1:]:
-        value = l.b.op("Add", value, l.b.vector(item))
+        value = g.b.op("Add", value, g.b.vector(item))
     return Size(value)
 
 
 @lowers("size.getitem")
-def getitem(l: Lowering, node: fx.Node, items: Any, index: int) -> Any:
+def getitem(g: Lowering, node: fx.Node, items: Any, index: int) -> Any:
     return operator.getitem(items, index)
 
 
 @lowers(*(f"size.{name}" for name in ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_", "sym_ite", "sym_not")))
-def branch(l: Lowering, node: fx.Node, *args: Any) -> Any:
+def branch(g: Lowering, node: fx.Node, *args: Any) -> Any:
     raise Refused("what it computes depends on a comparison of free sizes", site=node.meta.get("path") or node.name)

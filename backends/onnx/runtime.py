@@ -1,0 +1,108 @@
+"""Running files: one session per model, empty caches where none are given, and timing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from lwcompile.backends.onnx.parity import open_session, run_session
+from lwcompile.backends.onnx.samples import PAST
+from lwcompile.errors import BadInput
+
+_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(double)": torch.float64,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(bool)": torch.bool,
+}
+
+
+class Runtime:
+    """A model file, or an encoder's and a decoder's beside each other, ready to run."""
+
+    def __init__(self, path: Path) -> None:
+        names = [path] if path.is_file() else [path.with_name(f"{entry}_{path.name}") for entry in ("encoder", "decoder")]
+        for name in names:
+            if not name.is_file():
+                raise BadInput(f"there is no model at {path}")
+        self.sessions = [open_session(name) for name in names]
+
+    @staticmethod
+    def of(path: Path) -> Runtime:
+        """The runtime of a file, kept open between calls as long as the file does not change."""
+        stamp = path.stat().st_mtime_ns if path.is_file() else 0
+        return _opened(path, stamp)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name; a decoder finds its encoder's output among its inputs."""
+        feed, outputs = dict(inputs), {}
+        for session in self.sessions:
+            outputs = self._step(session, feed)
+            states = next(iter(outputs.values()))
+            for item in session.get_inputs():
+                feed.setdefault(f"encoder_{item.name}", feed.get(item.name, states))
+            feed.setdefault("encoder_hidden_states", states)
+            if "decoder_input_ids" in feed:
+                feed["input_ids"] = feed["decoder_input_ids"]
+        return outputs
+
+    def _step(self, session: ort.InferenceSession, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        given = dict(feed)
+        batch = next(iter(feed.values())).shape[0]
+        for item in session.get_inputs():
+            if item.name not in given and item.name.startswith(PAST):
+                given[item.name] = torch.zeros(batch, item.shape[1], 0, item.shape[3], dtype=_DTYPES[item.type])
+            elif item.name not in given:
+                raise BadInput(f"the model takes {item.name!r}, which was not given")
+        names = [o.name for o in session.get_outputs()]
+        return {n: torch.from_numpy(np.asarray(v)) for n, v in zip(names, run_session(session, given))}
+
+    def speed(self, tokens: int = 128, seconds: float = 1.0) -> dict[str, float]:
+        """Medians over about `seconds` each: a pass over `tokens` positions, and one position behind as many cached ones."""
+        session = self.sessions[-1]
+        cached = any(i.name.startswith(PAST) for i in session.get_inputs())
+        found = {"prefill_ms": _median(session, _feed(session, tokens, 0), seconds)}
+        if cached:
+            found["decode_ms"] = _median(session, _feed(session, 1, tokens), seconds)
+        return found
+
+
+@lru_cache(maxsize=2)
+def _opened(path: Path, stamp: int) -> Runtime:
+    return Runtime(path)
+
+
+def _feed(session: ort.InferenceSession, tokens: int, past: int) -> dict[str, Tensor]:
+    """Inputs of one row: every free length is `tokens`, a cache's is `past`, a mask over both their sum."""
+    made = {}
+    for item in session.get_inputs():
+        lengths = {"past": past, "total": past + tokens}
+        free = [lengths.get(d, tokens) if i else 1 for i, d in enumerate(item.shape)]
+        shape = [d if isinstance(d, int) else n for d, n in zip(item.shape, free)]
+        dtype = _DTYPES[item.type]
+        if dtype.is_floating_point:
+            made[item.name] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        elif "position" in item.name:
+            made[item.name] = torch.arange(past, past + shape[-1]).expand(shape).contiguous().to(dtype)
+        else:
+            made[item.name] = torch.ones(shape, dtype=dtype)
+    return made
+
+
+def _median(session: ort.InferenceSession, feed: Mapping[str, Tensor], seconds: float) -> float:
+    run_session(session, feed)
+    times, end = [], time.perf_counter() + seconds
+    while not times or (time.perf_counter() < end and len(times) < 200):
+        start = time.perf_counter()
+        run_session(session, feed)
+        times.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(times))
