@@ -81,7 +81,7 @@ def estimate(
         means[start : start + step] = (drawn @ sums) / (drawn @ counts)
     widen = stats.t.ppf(0.975, c - 1) / stats.norm.ppf(0.975) * math.sqrt(c / (c - 1))
     low, high = (mean + widen * (q - mean) for q in np.percentile(means, [2.5, 97.5]))
-    return kind(mean, max(low, float((sums / counts).min())), float(high), x.size, unit, c)
+    return kind(mean, max(float(low), float((sums / counts).min())), float(high), x.size, unit, c)
 
 
 class DamageMeter:

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from lwcompile.context import Context
 from torch import fx
 
+from lwcompile.context import Context
 from lwcompile.contract import Solver, StoredTensor, TransformPass
 from lwcompile.errors import Refused
 from lwcompile.formats import NumericFormat
@@ -26,6 +26,7 @@ from lwcompile.graph import ModelGraph
 from lwcompile.registry import make
 from lwcompile.site import Site, SiteKind
 from lwcompile.spec import Spec
+from lwcompile.stats import InputStats
 
 aten = torch.ops.aten
 
@@ -95,6 +96,9 @@ class Quantize(TransformPass):
         assert site.weight is not None
         solver: Solver = make("solvers", self.solver)
         stats = ctx.stats_of(graph, site) if solver.needs_hessian else None
+        if stats is None and solver.needs_hessian and site.kind == "embedding":
+            stats = InputStats(site.shape[1])  # a row that is looked up counts by its squared error alone: H is the identity
+            stats.update(torch.eye(site.shape[1]))
         return solver.solve(graph.tensor(site.weight).float(), self.format, stats).pack()
 
     def stored(self, graph: ModelGraph, site: Site) -> list[StoredTensor]:
