@@ -1,0 +1,1 @@
+"""An analysis and a transform for lwcompile, found through entry points."""
