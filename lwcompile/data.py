@@ -304,7 +304,9 @@ class _Options:
         if not self.examples:
             raise BadInput("the dataset 'random' needs the model's example inputs")
         generator = torch.Generator().manual_seed(self.seed)
-        made = {name: _noise(name, tensor, self.samples, generator) for name, tensor in self.examples.items()}
+        ids = [int(tensor.max()) + 1 for name, tensor in self.examples.items() if name.endswith("input_ids")]
+        vocabulary = len(self.tokenizer) if hasattr(self.tokenizer, "__len__") else max(ids, default=1)
+        made = {name: _noise(name, t, vocabulary, self.samples, generator) for name, t in self.examples.items()}
         return CalibrationSet(made, "random", "random", "", False, frozenset(), self.seed, self.decoder_start)
 
     def choose(self, available: int, source: str, what: str) -> list[int]:
@@ -330,14 +332,17 @@ def _tensor(name: Any, value: Any, source: str) -> Tensor:
     return tensor if tensor.dtype == torch.bool else tensor.long()
 
 
-def _noise(name: str, example: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Values like the example's: normal for floats, ids up to its largest for tokens, its own rows for masks."""
+def _noise(name: str, example: Tensor, vocabulary: int, n: int, generator: torch.Generator) -> Tensor:
+    """Values of the example's shape: normal for floats, any token for ids, ones for masks, 0, 1, ... for positions."""
     shape = n, *example.shape[1:]
     if example.is_floating_point():
         return torch.randn(shape, generator=generator, dtype=torch.float32)
-    if name.endswith("input_ids"):
-        return torch.randint(0, int(example.max()) + 1, shape, generator=generator)
-    return example[:1].expand(shape).contiguous()
+    if name.endswith("mask"):
+        return torch.ones(shape, dtype=example.dtype)
+    if name.endswith("position_ids"):
+        return torch.arange(shape[-1]).expand(shape).contiguous()
+    high = vocabulary if name.endswith("input_ids") else int(example.max()) + 1
+    return torch.randint(0, high, shape, generator=generator)
 
 
 def _file_hash(path: Path) -> str:

@@ -39,8 +39,7 @@ def describe_model(model: Any, *, image_size: int | None = None, config: Mapping
     logits = "logits" in outputs
     if not task:
         task = _task(model, example, outputs)
-    kind = "logits" if logits or task == "similarity" else "features"
-    return Source(model, example, dynamic, task, kind, described, parts=parts)
+    return Source(model, example, dynamic, task, "logits" if logits else "features", described, parts=parts)
 
 
 def is_pretrained(model: nn.Module) -> bool:

@@ -34,7 +34,12 @@ def open_directory(path: Path, *, image_size: int | None = None) -> Source:
         raise BadInput(f"{path}: config.json names the architecture {named}, which transformers does not have{own}")
     model = _load(getattr(transformers, name), path)
     source = describe_model(model, image_size=image_size, config=config)
-    return _located(source, path.resolve().name, path, [*files, path / "config.json"], None)
+    return _located(source, path.resolve().name, path, origin_files(path), None)
+
+
+def origin_files(path: Path) -> list[Path]:
+    """The files of a folder that make the model what it is: weights and configuration."""
+    return [*_weight_files(path), path / "config.json"] if (path / "config.json").is_file() else []
 
 
 def open_gguf(path: Path) -> Source:

@@ -161,6 +161,9 @@ class FeatureKl(Metric):
 
     def _features(self, outputs: Outputs, inputs: Inputs) -> Tensor:
         """One float32 vector a sample, [batch, d]."""
+        embeds = [t for k, t in outputs.items() if k.endswith("_embeds")] if isinstance(outputs, Mapping) else []
+        if embeds:  # of text and image: the cosine of the joined vectors is the mean of both cosines
+            return torch.cat([F.normalize(t.float(), dim=-1) for t in embeds], dim=-1)
         hidden = main_output(outputs).float()
         if hidden.ndim == 2:
             return hidden

@@ -28,7 +28,7 @@ _LEGACY = re.compile(r"(^|/)data/(weights|constants)/[^/]*\.pt$|(^|/)(serialized
 _OBJECT = re.compile(r"(^|/)data/constants/(custom_obj|opaque_obj)_")
 _ARITHMETIC = (
     ast.Expression, ast.Name, ast.Constant, ast.BinOp, ast.UnaryOp, ast.Call, ast.Compare, ast.BoolOp,
-    ast.Load, ast.operator, ast.unaryop, ast.cmpop, ast.boolop,
+    ast.keyword, ast.Load, ast.operator, ast.unaryop, ast.cmpop, ast.boolop,
 )  # fmt: skip
 _FUNCTIONS = re.compile(
     r"s\d+|u\d+|zuf\d+|[sS]ymbol|Mod|PythonMod|FloorDiv|CleanDiv|CeilDiv|CeilToInt|FloorToInt|RoundToInt|TruncToInt|IntTrueDiv"
@@ -58,6 +58,8 @@ def scan(path: Path) -> None:
 
 def _scan(path: Path, archive: zipfile.ZipFile) -> None:
     names = archive.namelist()
+    if min((entry.header_offset for entry in archive.infolist()), default=1) != 0:
+        raise BadInput(f"{path} is truncated or damaged: {HOW}")  # what zipfile found is an archive inside it
     if len(set(names)) != len(names):
         raise BadInput(f"{path} holds two entries of one name, so what is scanned may not be what is loaded: {HOW}")
     if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
@@ -109,9 +111,10 @@ def _require_arithmetic(path: Path, model: Any) -> None:
         except (SyntaxError, ValueError, RecursionError):
             raise BadInput(f"{path}: the size {expression[:60]!r} is not plain arithmetic: {HOW}") from None
         names = [node.id for node in nodes if isinstance(node, ast.Name)]
-        numbers = [node.value for node in nodes if isinstance(node, ast.Constant)]
+        constants = [node.value for node in nodes if isinstance(node, ast.Constant)]
         arithmetic = all(isinstance(node, _ARITHMETIC) for node in nodes)
-        if not (arithmetic and all(map(_FUNCTIONS.fullmatch, names)) and all(isinstance(n, int | float) for n in numbers)):
+        plain = all(isinstance(c, int | float) or (isinstance(c, str) and c.isidentifier()) for c in constants)
+        if not (arithmetic and plain and all(map(_FUNCTIONS.fullmatch, names))):
             raise BadInput(f"{path}: the size {expression[:60]!r} is not plain arithmetic, and is not evaluated: {HOW}")
 
 

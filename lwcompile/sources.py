@@ -129,6 +129,21 @@ def open_source(
     raise BadInput(f"there is no model {str(ref)!r}: name a folder with config.json, a .gguf or .pt2 file, or module:function")
 
 
+def origin_of(ref: Any) -> str | None:
+    """The `origin` that the source of a file or folder will have, without loading it: a second's work on a gigabyte.
+
+    None for modules and functions, whose content is not known before they ran.
+    """
+    if not isinstance(ref, str | Path):
+        return None
+    path = Path(ref)
+    if path.is_dir():
+        from lwcompile.huggingface import origin_files
+
+        return file_digest(origin_files(path))
+    return file_digest([path]) if path.is_file() else None
+
+
 def _from_file(path: Path) -> Source:
     match path.suffix.lower():
         case ".gguf":

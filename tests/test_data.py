@@ -209,8 +209,8 @@ def test_module_function(tmp_path, monkeypatch):
 
 
 def test_default_texts_are_present_and_apart():
-    calibration = load_dataset(None, tokenizer=byte_tokens, samples=1200, seqlen=256)
-    evaluation = load_dataset("docstrings", tokenizer=byte_tokens, samples=1200, seqlen=256)
+    calibration = load_dataset(None, tokenizer=byte_tokens, samples=400, seqlen=256)
+    evaluation = load_dataset("docstrings", tokenizer=byte_tokens, samples=400, seqlen=256)
     assert calibration.source == "topics" and not calibration.overlaps(evaluation)
     calibration.require_disjoint(evaluation)
 
@@ -276,9 +276,11 @@ def test_random_only_when_asked_for():
     examples = {"pixel_values": torch.zeros(2, 3, 4, 4), "input_ids": torch.full((2, 5), 9)}
     with pytest.raises(BadInput, match="damage measured on noise means nothing"):
         load_dataset(None, examples={"pixel_values": torch.zeros(2, 3, 4, 4)})
+    examples |= {"attention_mask": torch.zeros(2, 5).long(), "position_ids": torch.zeros(2, 5).long()}
     made = load_dataset("random", examples=examples, samples=50)
     assert made.modality == "random" and made.samples["pixel_values"].shape == (50, 3, 4, 4)
-    assert made.samples["input_ids"].min() >= 0 and made.samples["input_ids"].max() <= 9
+    assert made.samples["input_ids"].min() == 0 and made.samples["input_ids"].max() == 9
+    assert made.samples["attention_mask"].all() and made.samples["position_ids"][3].tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

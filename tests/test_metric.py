@@ -135,6 +135,14 @@ def test_pooling():
     assert torch.equal(FeatureKl().keep(hidden[:, 0], inputs), hidden[:, 0])
 
 
+def test_text_and_image_embeddings_count_both():
+    text, image = random_pair(5, 6)
+    outputs = {"logits_per_image": text @ image.T, "text_embeds": text, "image_embeds": image}
+    features = FeatureKl().keep(outputs, {})
+    cosines = [torch.nn.functional.cosine_similarity(t[:, None], t[None], dim=-1) for t in (text, image)]
+    torch.testing.assert_close(features @ features.T, sum(cosines))
+
+
 def test_feature_kl_needs_three_samples():
     with pytest.raises(BadInput, match="at least 3"):
         FeatureKl().compare(*random_pair(2, 4), {})
