@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,8 +89,8 @@ def estimate(program: Program, *, folder: str | Path = ".", **settings: Any) -> 
 
     seconds: dict[str, float] = {}
     for spec in recipe.analyses:
-        asked: Any = getattr(make("passes", spec), "forwards", None)
-        forwards = float(asked(len(offered), sum(offered.values()))) if callable(asked) else FORWARDS
+        asked: Callable[[int, int], float] | None = getattr(make("passes", spec), "forwards", None)
+        forwards = FORWARDS if asked is None else asked(len(offered), sum(offered.values()))
         tries = sum(offered[site.id] * site.shape[0] * site.shape[1] for site in linears)
         seconds[spec.name] = forwards * flops * calibration / speed + 100.0 * tries / speed
     solving = sum(site.shape[1] ** 3 + 2.0 * site.shape[0] * site.shape[1] ** 2 for site in linears)

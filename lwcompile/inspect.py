@@ -17,6 +17,8 @@ from rich.tree import Tree
 from lwcompile.budget import format_size
 
 if TYPE_CHECKING:
+    from torch import fx
+
     from lwcompile.program import Program
     from lwcompile.structure import Stream, Structure, Sublayer
 
@@ -127,15 +129,15 @@ class _Looker:
     def block_part(self, stream: Stream, number: int, block: Sequence[Sublayer]) -> Part:
         id = f"{stream.prefix}block{number}"
         ids = [site.id for site in self.structure.children(id)]
-        adds = [sub.add for sub in block]
+        sources = _sources(block)
         parts: list[Part] = []
-        for site, sub in zip(ids, block):
+        for site, sub, source in zip(ids, block, sources):
             notes = ["reads another stream"] if sub.cross else []
-            if adds.count(sub.add) > 1:
-                notes.append("parallel: reads and adds where its neighbour does")
+            if sources.count(source) > 1:
+                notes.append("parallel: reads the stream where its neighbour does")
             below = tuple(self.weight_part(child.id) for child in self.structure.children(site))
             count = self.count(self.keys(stream.entry, {*sub.nodes, sub.end}))
-            parts.append(Part(site, sub.kind, *count, note="; ".join(notes), norm=_norm_of(sub), children=below))
+            parts.append(Part(site, sub.kind, *count, note="; ".join(notes), norm=_norm_of(sub, source), children=below))
         nodes = {node for sub in block for node in (*sub.nodes, sub.end)}
         return Part(id, "block", *self.count(self.keys(stream.entry, nodes)), children=tuple(parts))
 
@@ -146,15 +148,22 @@ class _Looker:
         return Part(id, site.kind, *self.count(self.keys(site.entry, [node])), shape=site.shape, note=note)
 
 
-def _norm_of(sub: Sublayer) -> str:
+def _sources(block: Sequence[Sublayer]) -> list[fx.Node]:
+    """Where each branch leaves the stream: before its own add, or, of parallel branches, before the first one's."""
+    found: list[fx.Node] = []
+    for sub in block:
+        reads_skip = any(sub.skip in node.all_input_nodes for node in sub.nodes)
+        found.append(sub.skip if reads_skip or not found else found[-1])
+    return found
+
+
+def _norm_of(sub: Sublayer, source: fx.Node) -> str:
     """Where the norms of a branch stand."""
     from lwcompile.structure import NORMS
 
-    reads_skip = any(node.target in NORMS and node.args[0] is sub.skip for node in sub.nodes)
-    ends_in_norm = sub.post_norm or sub.branch.target in NORMS
-    return (
-        "pre- and post-norm" if reads_skip and ends_in_norm else "pre-norm" if reads_skip else "post-norm" if ends_in_norm else ""
-    )
+    before = any(node.target in NORMS and node.args[0] is source for node in sub.nodes)
+    after = sub.post_norm or sub.branch.target in NORMS
+    return "pre- and post-norm" if before and after else "pre-norm" if before else "post-norm" if after else ""
 
 
 def _tensors(n: int) -> str:

@@ -98,11 +98,15 @@ def fake_plan(table: OptionTable, price: float, drops: tuple[str, ...] = ()) -> 
 def fake_report(blocks: int = 30, name: str = "SmolLM2-135M-Instruct") -> Report:
     rng = random.Random(1)
     table = fake_table(blocks)
-    drops = tuple(f"block{b}.attention" for b in (blocks // 2, blocks * 2 // 3)) + (f"block{blocks - 5}",)
+    drops = tuple(f"block{b}.attention" for b in (blocks // 2, blocks * 2 // 3)) + (f"block{blocks * 5 // 6}",)
     plan = fake_plan(table, 7e-9, drops)
     curve = sorted(
         (
-            fake_plan(table, 10 ** (-10 + 0.17 * k), tuple(f"block{b}.attention" for b in range(12, 12 + k // 3)))
+            fake_plan(
+                table,
+                10 ** (-10 + 0.17 * k),
+                tuple(f"block{b}.attention" for b in range(blocks * 2 // 5, min(blocks, blocks * 2 // 5 + k // 3))),
+            )
             for k in range(20)
         ),
         key=lambda p: p.bytes or 0,

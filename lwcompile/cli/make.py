@@ -92,7 +92,7 @@ def open_model(model: str | None) -> Program:
     from lwcompile.demo import demo_model
 
     note("no --model is given: this compiles the demo model")
-    return pipeline.capture(demo_model())
+    return pipeline.capture(demo_model(progress=note))
 
 
 def finish(result: Result, as_json: bool) -> None:

@@ -1,0 +1,456 @@
+"""The command line: what flags mean, what failures say, and that help is fast."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fake_report import fake_plan, fake_report, fake_table
+
+from lwcompile import cli, errors, pipeline
+from lwcompile.cli import flags, make, quality
+from lwcompile.plans import Plan
+
+COMMANDS = [
+    "export",
+    "compress",
+    "inspect",
+    "analyze",
+    "plan",
+    "plan show",
+    "plan diff",
+    "eval",
+    "chat",
+    "report",
+    "runs",
+    "passes",
+    "backends",
+]
+
+
+def run_fresh(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
+# --- help
+
+
+def test_help_of_every_command_imports_nothing_heavy():
+    code = """
+import sys, io, contextlib
+from lwcompile import cli
+heavy = {"torch", "numpy", "transformers", "scipy", "onnx", "onnxruntime", "networkx", "psutil"}
+for command in ["", *sys.argv[1:]]:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        code = cli.run([*command.split(), "--help"])
+    assert code == 0 and "Usage" in text.getvalue(), command
+    assert not heavy & set(sys.modules), (command, heavy & set(sys.modules))
+"""
+    done = run_fresh(code, *COMMANDS)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_takes_less_than_half_a_second():
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run_fresh("from lwcompile.cli import main; main()", "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 0.5  # processor time: other work on the machine does not count
+
+
+@pytest.mark.parametrize("command", ["export", "compress", "plan"])
+def test_every_flag_of_the_compiler_is_there(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.run([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    wanted = (
+        "--model --recipe --plan --avg-bits --bits --max-size --drop-sublayers --max-kl --dataset --samples --seqlen --metric "
+        "--device --run-dir --seed --dry-run --json --backend"
+    )
+    assert [flag for flag in wanted.split() if flag not in text] == []
+
+
+def test_version_and_no_command(capsys):
+    from lwcompile import __version__
+
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
+    assert cli.run([]) in (0, 2)  # help either way
+    assert "Usage" in "".join(capsys.readouterr())
+
+
+# --- what flags mean
+
+
+@pytest.fixture
+def pipeline_calls(monkeypatch) -> list[tuple[str, Any, dict[str, Any]]]:
+    """The pipeline, recording what it is asked for; its result is a made-up report."""
+    calls: list[tuple[str, Any, dict[str, Any]]] = []
+    report = fake_report(4)
+
+    def record(name: str) -> Any:
+        def step(program: Any, path: Any = None, *, progress: Any = None, **words: Any) -> Any:
+            with progress.task("pretending", 2) as task:
+                task.advance(2)
+            calls.append((name, path, words))
+            plan = fake_plan(fake_table(4), 1e-9)
+            if name == "plan":
+                return plan
+            return SimpleNamespace(program=program, plan=plan, report=report, path=path, run_dir=Path("runs/one"))
+
+        return step
+
+    monkeypatch.setattr(pipeline, "capture", lambda source: SimpleNamespace(name=str(source)))
+    for name in ("export", "compress", "plan"):
+        monkeypatch.setattr(pipeline, name, record(name))
+    return calls
+
+
+def test_flags_become_the_settings_of_the_pipeline(pipeline_calls):
+    line = (
+        "export out/model.onnx --model m --recipe fast --bits 4.25 --drop-sublayers 2 --max-kl 0.3 --dataset d --samples 7 "
+        "--seqlen 64 --metric kl --device cpu --run-dir r --seed 3 --backend onnx"
+    )
+    assert cli.run([*line.split(), "--max-size", "45 MB"]) == 0
+    [(name, path, words)] = pipeline_calls
+    assert (name, path) == ("export", Path("out/model.onnx"))
+    assert words == {
+        "recipe": "fast", "plan": None, "avg_bits": 4.25, "max_bytes": 45_000_000, "drop_sublayers": 2, "max_kl": 0.3,
+        "dataset": "d", "samples": 7, "seqlen": 64, "metric": "kl", "device": "cpu", "seed": 3, "backend": "onnx", "run_dir": Path("r"),
+    }  # fmt: skip
+    assert pipeline.Settings(**words).resolved().budget.to_dict() == {"bytes": 45_000_000, "avg_bits": 4.25, "drop_sublayers": 2}
+
+
+def test_left_out_flags_leave_everything_to_the_recipe(pipeline_calls):
+    assert cli.run(["compress", "out", "--model", "m"]) == 0
+    assert pipeline.Settings(**pipeline_calls[0][2]) == pipeline.Settings()
+
+
+def test_no_model_means_the_demo_model(pipeline_calls, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lwcompile.demo", SimpleNamespace(demo_model=lambda progress: Path("demo.gguf")))
+    assert cli.run(["compress", "out"]) == 0
+    assert "demo model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "size"), [("80MB", 80_000_000), ("45 MB", 45_000_000), ("1.2GB", 1_200_000_000), ("99", 99)])
+def test_sizes(text, size):
+    assert flags.settings(flags.Budgets(max_size=text))["max_bytes"] == size
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--max-size", "large"], "--max-size: cannot read 'large'"),
+        (["--avg-bits", "0"], "--avg-bits must be above 0"),
+        (["--avg-bits", "many"], "avg-bits"),
+        (["--samples", "0"], "samples"),
+        (["--plan", "p.yaml", "--avg-bits", "4"], "--plan"),
+        (["--device", "tpu"], "cpu, cuda or cuda:N"),
+        (["--device", "cpu:1"], "cpu, cuda or cuda:N"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_flags_that_cannot_be_meant(extra, said, pipeline_calls, capsys):
+    assert cli.run(["export", "model.onnx", "--model", "m", *extra]) == 2
+    error = capsys.readouterr().err
+    assert said in " ".join(error.split()) and "Traceback" not in error
+    assert pipeline_calls == []
+
+
+def test_a_missing_device_is_refused(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(errors.BadInput, match="no CUDA device"):
+        flags.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert flags.device("cuda:1") == "cuda:1"
+    with pytest.raises(errors.BadInput, match="has 2 CUDA devices"):
+        flags.device("cuda:2")
+
+
+# --- what is printed
+
+
+def test_json_is_all_there_is_on_stdout(pipeline_calls, capsys):
+    assert cli.run(["export", "model.onnx", "--model", "m", "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["path"] == "model.onnx" and found["report"] == "runs/one/report.html"
+    assert found["measured"]["value"] == pytest.approx(fake_report(4).data["measured"]["value"])
+    assert "pretending" in printed.err
+
+
+def test_an_export_ends_with_the_strip_and_the_figures(pipeline_calls, capsys):
+    assert cli.run(["export", "model.onnx", "--model", "m"]) == 0
+    printed = capsys.readouterr()
+    for word in ("embedding", "head", "size", "538.1 MB", "74.31 MB", "damage", "perplexity", "decode a token"):
+        assert word in printed.out, word
+    assert "wrote model.onnx" in printed.err
+
+
+def test_plan_to_stdout_and_to_a_file(pipeline_calls, capsys, tmp_path):
+    assert cli.run(["plan", "--model", "m", "--avg-bits", "4"]) == 0
+    assert Plan.parse(capsys.readouterr().out).choices
+    assert cli.run(["plan", "--model", "m", "-o", str(tmp_path / "p.yaml")]) == 0
+    assert capsys.readouterr().out == ""
+    assert Plan.load(tmp_path / "p.yaml").choices == fake_plan(fake_table(4), 1e-9).choices
+
+
+def test_plan_show_and_diff(tmp_path, capsys):
+    table = fake_table(4)
+    a, b = fake_plan(table, 1e-9), fake_plan(table, 3e-8, ("block2.attention",))
+    a.save(tmp_path / "a.yaml")
+    b.save(tmp_path / "b.yaml")
+    assert cli.run(["plan", "show", str(tmp_path / "b.yaml")]) == 0
+    shown = capsys.readouterr().out
+    assert "block2.attention" in shown and "predicted damage" in shown and "quantize{bits=" in shown
+    assert cli.run(["plan", "diff", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["site"] for row in found["sites"]} == {change.site for change in a.diff(b)}
+    assert found["bytes"] == {"before": a.bytes, "after": b.bytes}
+    assert cli.run(["plan", "diff", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]) == 0
+    assert "block2.attention" in capsys.readouterr().out
+    assert cli.run(["plan", "diff", str(tmp_path / "a.yaml"), str(tmp_path / "a.yaml")]) == 0
+    assert "the same" in capsys.readouterr().out
+
+
+def test_a_damaged_plan_is_one_sentence_with_its_line(tmp_path, capsys):
+    (tmp_path / "p.yaml").write_text("unit: nats/token\nsites:\n  head: quantize{bits=}\n")
+    assert cli.run(["plan", "show", str(tmp_path / "p.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "p.yaml:3" in error and len(error.strip().splitlines()) == 1
+    assert cli.run(["plan", "show", str(tmp_path / "missing.yaml")]) == 2
+    assert "missing.yaml" in capsys.readouterr().err
+
+
+# --- failures
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (errors.BadInput("model.gguf is cut short; get it again"), 2, "model.gguf is cut short"),
+        (errors.BadPlan("plan.yaml:17: site 'x' is unknown"), 2, "plan.yaml:17"),
+        (errors.Refused("no branch there", site="block3.attention"), 2, "block3.attention: no branch there"),
+        (errors.InfeasibleBudget("3 MB cannot be met; 41 MB can"), 2, "41 MB can"),
+        (errors.VerificationError("parity 3e-2 is above 1e-3"), 2, "parity"),
+        (errors.PluginError("the pass 'p' of plug raised ValueError: no [bold] way"), 2, "no [bold] way"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/model.onnx"), 2, "the disk is full while writing out/model.onnx"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "no permission for /root/x"),
+        (OSError(errno.EROFS, "Read-only file system", "/mnt/x"), 2, "no permission for /mnt/x"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "m.safetensors"), 2, "m.safetensors does not exist"),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), 2, "the disk is full"),
+        (MemoryError(), 2, "the memory is full"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), 2, "the memory is full"),
+        (errors.InternalError("two heads"), 70, "internal error: InternalError: two heads"),
+        (ZeroDivisionError("by [red]zero"), 70, "internal error: ZeroDivisionError: by [red]zero"),
+        (KeyboardInterrupt(), 130, "stopped; run the same command again to go on"),
+    ],
+)  # fmt: skip
+def test_failures_end_in_one_sentence_and_their_code(raised, code, said, monkeypatch, capsys):
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(pipeline, "capture", fail)
+    assert cli.run(["compress", "out", "--model", "m"]) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert said in printed.err
+    assert ("Traceback" in printed.err) == (code == 70)
+    if code != 70:
+        assert len(printed.err.strip().splitlines()) == 1
+
+
+def test_the_console_script_exits_with_the_code(tmp_path):
+    done = run_fresh("from lwcompile.cli import main; main()", "plan", "show", str(tmp_path / "none.yaml"))
+    assert done.returncode == 2 and "none.yaml" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_fault(tmp_path):
+    line = f"{sys.executable} -c 'from lwcompile.cli import main; main()' passes --json | head -c 1"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr and done.stdout == "["
+
+
+# --- runs and reports
+
+
+def _runs_folder() -> Path:
+    return Path(os.environ["LWCOMPILE_RUNS"])
+
+
+def test_runs_are_listed_and_cleaned(capsys):
+    from lwcompile.rundir import RunDir
+
+    assert cli.run(["runs"]) == 0
+    assert "no runs" in capsys.readouterr().err
+    for name in ("aaa", "bbb"):
+        run = RunDir(_runs_folder() / name)
+        run.describe(model=f"model-{name}")
+        run.put("key", {"x": 1})
+    fake_report(4).save(_runs_folder() / "bbb")
+    (_runs_folder() / "other").mkdir()
+    assert cli.run(["runs", "--json"]) == 0
+    found = {Path(row["path"]).name: row for row in json.loads(capsys.readouterr().out)}
+    assert {name: row["finished"] for name, row in found.items()} == {"aaa": False, "bbb": True}
+    assert found["aaa"]["model"] == "model-aaa" and found["aaa"]["bytes"] > 0
+    assert cli.run(["runs"]) == 0
+    assert "not finished" in capsys.readouterr().out
+    assert cli.run(["runs", "ccc", "--clean"]) == 2
+    assert "ccc" in capsys.readouterr().err
+    assert cli.run(["runs", "aaa", "--clean", "--yes"]) == 0
+    assert sorted(p.name for p in _runs_folder().iterdir()) == ["bbb", "other"]
+    assert cli.run(["runs", "--clean", "-y", "--json"]) == 0
+    assert [p.name for p in _runs_folder().iterdir()] == ["other"]  # what is no run is left alone
+
+
+def test_report_of_a_run_by_name_and_of_the_last(capsys, tmp_path):
+    from lwcompile.rundir import RunDir
+
+    assert cli.run(["report"]) == 2
+    assert "no finished run" in capsys.readouterr().err
+    RunDir(_runs_folder() / "one").describe(model="m")
+    fake_report(3, name="some model").save(_runs_folder() / "one")
+    (_runs_folder() / "one" / "report.html").unlink()
+    assert cli.run(["report", "one", "-o", str(tmp_path / "page.html")]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert "some model" in (tmp_path / "page.html").read_text() and (_runs_folder() / "one" / "report.html").is_file()
+    assert cli.run(["report", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "some model"
+    assert cli.run(["report", "two"]) == 2
+    (tmp_path / "report.json").write_text("{")
+    assert cli.run(["report", str(tmp_path)]) == 2
+    assert "is not a report" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_file(monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "run"
+    fake_report(4).save(folder)
+    before = sorted(p.name for p in folder.iterdir())
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.run(["report", str(folder)]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+# --- plugins
+
+
+def test_passes_are_listed_without_importing_them():
+    code = """
+import sys
+from lwcompile import cli
+assert cli.run(["passes", "--json"]) == 0
+assert not [name for name in sys.modules if name.startswith(("lwcompile.passes", "torch"))]
+"""
+    done = run_fresh(code)
+    assert done.returncode == 0, done.stderr
+    found = {(row["kind"], row["name"]) for row in json.loads(done.stdout)}
+    assert {("allocator", "greedy"), ("allocator", "integer_program"), ("metric", "kl")} <= found
+    assert all(row["distribution"] == "lwcompile" for row in json.loads(done.stdout) if row["name"] == "greedy")
+
+
+def test_a_pass_is_described_with_its_options(capsys):
+    assert cli.run(["passes", "feature_kl", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"name": "temperature", "type": "float", "default": "0.1"} in found["options"]
+    assert "cosine-similarity" in found["documentation"]
+    assert cli.run(["passes", "feature_kl"]) == 0
+    assert "temperature" in capsys.readouterr().out
+    assert cli.run(["passes", "feature_lk"]) == 2
+    assert "did you mean 'feature_kl'" in capsys.readouterr().err
+
+
+def test_a_broken_plugin_is_listed_and_named_when_it_is_asked_for(monkeypatch, capsys):
+    from importlib.metadata import EntryPoint
+
+    from lwcompile import registry
+
+    broken = EntryPoint("broken", "no_such_module_here:Pass", "lwcompile.passes")
+    monkeypatch.setattr(registry, "_points", lambda group: [broken] if group == "passes" else [])
+    assert cli.run(["passes"]) == 0
+    assert "broken" in capsys.readouterr().out
+    assert cli.run(["passes", "broken"]) == 2
+    assert "no_such_module_here" in capsys.readouterr().err
+
+
+# --- chat
+
+
+class _Words:
+    """A tokenizer of words: token i is `w{i}`, 0 ends."""
+
+    eos_token_id = 0
+    chat_template = None
+
+    def __call__(self, text: str, **_: Any) -> dict[str, Any]:
+        import torch
+
+        return {"input_ids": torch.tensor([[len(word) for word in text.split()]])}
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return " ".join(f"w{i}" for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "at"), [([1, 2], [1, 2], None), ([1, 2, 3], [1, 5, 3], 1), ([1, 2], [1, 2, 3], 2), ([], [1], 0), ([], [], None)]
+)
+def test_the_first_token_that_differs(a, b, at):
+    assert quality.divergence(a, b) == at
+
+
+def test_chat_marks_where_the_answers_part(monkeypatch, capsys):
+    answers = {"small": [1, 2, 9], "dense": [1, 2, 3]}
+    monkeypatch.setattr(quality, "open_speaker", lambda source, raw: quality.Speaker(source, source, _Words(), raw))
+    monkeypatch.setattr(quality.Speaker, "reply", lambda self, text, n: answers[self.step][:n])
+    assert cli.run(["chat", "small", "--compare", "dense", "--prompt", "hi"]) == 0
+    printed = capsys.readouterr()
+    assert "[ w9]" in printed.out and "[ w3]" in printed.out and "up to token 2" in printed.err
+    assert cli.run(["chat", "small", "--compare", "dense", "--prompt", "hi", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["diverges_at"] == 2
+    assert cli.run(["chat", "small", "--json"]) == 2
+
+
+# --- estimates
+
+
+def test_dry_run_says_what_it_takes_and_refuses_what_does_not_fit(monkeypatch, capsys, tmp_path):
+    psutil = pytest.importorskip("psutil")
+    from tiny import llama_program
+
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("options: {linear: ['quantize{bits=4}']}\ncalibration: {samples: 4, seqlen: 16}\n")
+    monkeypatch.setattr(pipeline, "capture", lambda source: llama_program())
+    line = ["export", str(tmp_path / "o" / "m.onnx"), "--model", "m", "--recipe", str(recipe), "--dry-run"]
+    assert cli.run([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["total_seconds"] > 0 and found["memory"] > llama_program().nbytes() and found["disk"] > 0
+    assert not (tmp_path / "o").exists()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1_000_000))
+    assert cli.run(line) == 2
+    printed = capsys.readouterr()
+    assert "peak memory" in printed.out and "1 MB are available" in printed.err
+
+
+def test_damage_table_puts_the_most_sensitive_sites_first():
+    table = fake_table(3)
+    drawn = make.damage_table(table, 2)
+    worst = max(table.sites.values(), key=lambda row: max(c.predicted for c in row.choices if c.refused is None))
+    assert drawn.row_count == 2 and next(iter(drawn.columns[0].cells)) == worst.site
