@@ -127,7 +127,8 @@ def test_flags_become_the_settings_of_the_pipeline(pipeline_calls):
     assert (name, path) == ("export", Path("out/model.onnx"))
     assert words == {
         "recipe": "fast", "plan": None, "avg_bits": 4.25, "max_bytes": 45_000_000, "drop_sublayers": 2, "max_kl": 0.3,
-        "dataset": "d", "samples": 7, "seqlen": 64, "metric": "kl", "device": "cpu", "seed": 3, "backend": "onnx", "run_dir": Path("r"),
+        "dataset": "d", "samples": 7, "seqlen": 64,
+        "metric": "kl", "device": "cpu", "seed": 3, "backend": "onnx", "run_dir": Path("r"),
     }  # fmt: skip
     assert pipeline.Settings(**words).resolved().budget.to_dict() == {"bytes": 45_000_000, "avg_bits": 4.25, "drop_sublayers": 2}
 
