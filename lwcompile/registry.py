@@ -7,6 +7,7 @@ named, and neither is chosen.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
@@ -29,7 +30,9 @@ class Plugin:
     value: str
 
 
+@cache
 def _points(group: Group) -> list[EntryPoint]:
+    """Read once a process: the search of every installed distribution takes tens of milliseconds."""
     return list(entry_points(group=f"lwcompile.{group}"))
 
 

@@ -44,16 +44,38 @@ class Changes:
         self.deltas = TensorCache(ctx.memory, ctx.workdir)
         self.by_key: dict[str, list[Change]] = {}
 
-    def add(self, job: int, unit: Sequence[str], option: Spec) -> None:
-        """Note what `option` changes at the sites of `unit`. `Refused` if that is neither a weight's values nor a removal."""
+    def add(self, jobs: Sequence[tuple[int, Sequence[str]]], option: Spec) -> dict[int, str]:
+        """Note what `option` changes at each of these (job, sites), and return why it was refused where it was.
+
+        One edited copy serves all of them, since weights change independently; where it is refused somewhere, or removes
+        branches, each gets a copy of its own.
+        """
         transform = self.ctx.transform(option)
         if self.solver is not None and hasattr(transform, "solver"):
             option = Spec(option.name, (*(a for a in option.args if a[0] != "solver"), ("solver", self.solver)))
-        edited = Executor(self.ctx.edited(self.program, unit, [option]), self.ctx.device)
+        refused: dict[int, str] = {}
+        try:
+            if transform.silences and len(jobs) > 1:
+                raise Refused("removed branches hide each other")
+            edited = Executor(self.ctx.edited(self.program, [id for _, unit in jobs for id in unit], [option]), self.ctx.device)
+        except Refused as refusal:
+            if len(jobs) == 1:
+                return {jobs[0][0]: refusal.reason}
+            for job in jobs:
+                refused |= self.add([job], option)
+            return refused
+        for job, unit in jobs:
+            try:
+                self._note(job, unit, option, edited, transform.silences)
+            except Refused as refusal:
+                refused[job] = refusal.reason
+        return refused
+
+    def _note(self, job: int, unit: Sequence[str], option: Spec, edited: Executor, removes: bool) -> None:
         structure = self.ctx.find_structure(self.program)
         made: list[Change] = []
         for site in (structure.sites[id] for id in unit):
-            if transform.silences:
+            if removes:
                 parts = [s for s in (site, *structure.children(site.id)) if s.kind in SUBLAYER_KINDS]
                 made += [Change(k, job) for s in parts if (k := self.dense.key(s)) not in edited.index]
             else:

@@ -94,12 +94,10 @@ class _Run:
     def results(self, jobs: Sequence[tuple[tuple[str, ...], Spec]]) -> dict[str, Any]:
         refused: dict[int, str] = {}
         with self.ctx.progress.task(f"{self.options.name}: options", len(jobs)) as task:
-            for job, (unit, option) in enumerate(jobs):
-                try:
-                    self.changes.add(job, unit, option)
-                except Refused as refusal:
-                    refused[job] = refusal.reason
-                task.advance()
+            for option in dict.fromkeys(option for _, option in jobs):
+                alike = [(job, unit) for job, (unit, other) in enumerate(jobs) if other == option]
+                refused |= self.changes.add(alike, option)
+                task.advance(len(alike))
         self._pass_over_samples()
         positions = self.rows * self.options.draws
         traces = [{"value": trace / positions, "samples": self.rows} for trace in self.traces.values()]
