@@ -222,8 +222,10 @@ def test_solvers_refuse_nan_and_shapes_that_are_no_matrix(solver):
 
 @pytest.mark.parametrize(
     "spec",
-    ["rtn{steps=0}", "rtn{shrink=0.0}", "rtn{refits=-1}", "hqq{p=0.0}", "hqq{iters=0}", "gptq{damp=0.0}", "gptq{block=0}",
-     "gptq{rounds=-1}"],
+    [
+        "rtn{steps=0}", "rtn{shrink=0.0}", "rtn{refits=-1}", "hqq{p=0.0}", "hqq{iters=0}",
+        "gptq{damp=0.0}", "gptq{channel_damp=-0.1}", "gptq{block=0}", "gptq{rounds=-1}",
+    ],
 )  # fmt: skip
 def test_solvers_refuse_options_that_mean_nothing(spec):
     with pytest.raises(BadPlan):
@@ -269,7 +271,7 @@ def textbook_gptq(weight: torch.Tensor, stats: InputStats, grid: QuantizedTensor
 @pytest.mark.parametrize(("columns", "group", "block"), [(48, 16, 128), (50, 16, 16), (37, None, 8), (64, 32, 24)])
 def test_gptq_gives_the_codes_of_the_textbook(columns, group, block, zero_point):
     weight, stats, format = weights(12, columns), correlated(columns), NumericFormat(4, group, zero_point)
-    quantized = Gptq(act_order=False, block=block, steps=1, refits=0, rounds=0).solve(weight, format, stats)
+    quantized = Gptq(channel_damp=0.0, act_order=False, block=block, steps=1, refits=0, rounds=0).solve(weight, format, stats)
     grid = MIN_MAX.solve(weight, format, None)
     assert torch.equal(quantized.scale, grid.scale)
     assert torch.equal(quantized.codes, textbook_gptq(weight, stats, grid, damp=0.01))
@@ -283,7 +285,7 @@ def test_act_order_is_the_textbook_on_permuted_columns():
     permuted.weight = stats.weight
     grid = MIN_MAX.solve(weight, format, None)
     codes = textbook_gptq(weight[:, order], permuted, grid, damp=0.01)
-    quantized = Gptq(steps=1, refits=0, rounds=0).solve(weight, format, stats)
+    quantized = Gptq(channel_damp=0.0, steps=1, refits=0, rounds=0).solve(weight, format, stats)
     assert torch.equal(quantized.codes[:, order], codes)
 
 
@@ -308,7 +310,7 @@ def test_gptq_loses_less_than_round_to_nearest(bits, group, zero_point, act_orde
 def test_each_round_of_descent_lowers_the_damped_loss(zero_point, bits, seed):
     weight, stats = weights(16, 60, seed), correlated(60, seed=seed)
     format = NumericFormat(bits, 16, zero_point)
-    damped, _, _ = factorize(stats.hessian.double(), 0.01)
+    damped, _, _ = factorize(stats.hessian.double(), 0.01, Gptq.channel_damp)
     losses = []
     for rounds in range(4):
         error = (weight - Gptq(rounds=rounds).solve(weight, format, stats).dequantize()).double()
@@ -321,7 +323,7 @@ def test_one_descent_leaves_no_code_that_a_step_would_better():
     """A fixed point of the sweeps: no single code can move by one and lower the damped loss."""
     weight, stats, format = weights(3, 20), correlated(20), NumericFormat(3, None)
     quantized = Gptq(rounds=30).solve(weight, format, stats)
-    damped = factorize(stats.hessian.double(), 0.01)[0].double()
+    damped = factorize(stats.hessian.double(), 0.01, Gptq.channel_damp)[0].double()
 
     def losses(codes: torch.Tensor) -> torch.Tensor:
         other = QuantizedTensor(format, codes.to(torch.uint8), quantized.scale, quantized.zero)

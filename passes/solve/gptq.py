@@ -3,9 +3,10 @@
 Columns are rounded one at a time, and each takes up the errors of those before it (arXiv 2210.17323), written as LDLQ
 (QuIP, arXiv 2307.13304, theorem 6), which gives the same codes without inverting H: with
 H = (A + I) D (A + I)^T and A strictly upper triangular, column k rounds w_k + (W - Q)_{<k} A_{<k,k}.
-Two things differ from the original, both measured to help on unseen text. The range search weighs column k by D_k, the
-part of its error that no later column can take up. And `rounds` of coordinate descent follow: each group's scale, then
-each code, moves to its optimum given all the others. Weights of dead channels (H_kk = 0) are rounded, not zeroed.
+Three things differ from the original, each measured to help on unseen text. The range search weighs column k by D_k, the
+part of its error that no later column can take up. H is damped channel by channel too. And `rounds` of coordinate descent
+follow: each group's scale, then each code, moves to its optimum given all the others. Weights of dead channels (H_kk = 0)
+are rounded, not zeroed.
 
 Cost: a float64 Cholesky of K x K and (1 + 2 rounds) N K^2 multiply-adds.
 Refuses: no input statistics; NaN or infinite weights; an H that is not positive definite at any damping.
@@ -33,14 +34,16 @@ ROWS = 4096
 class Gptq(Solver):
     """Rounding with error feedback.
 
-    `damp` times the mean of H's diagonal is added to it (ten times as much while H is not positive definite);
-    `act_order` takes columns by falling energy; `block` columns share one update of the rest; `steps`, `shrink` and
-    `refits` are the range search of round-to-nearest; `rounds` of coordinate descent polish the result.
+    `damp` times the mean of H's diagonal is added to it (ten times as much while H is not positive definite), and
+    `channel_damp` times each channel's own energy: correlations seen on few tokens are trusted less. `act_order` takes
+    columns by falling energy; `block` columns share one update of the rest; `steps`, `shrink` and `refits` are the range
+    search of round-to-nearest; `rounds` of coordinate descent polish the result.
     """
 
     name: ClassVar[str] = "gptq"
     needs_hessian: ClassVar[bool] = True
     damp: float = 0.01
+    channel_damp: float = 0.05
     act_order: bool = True
     block: int = 128
     steps: int = 20
@@ -50,10 +53,8 @@ class Gptq(Solver):
 
     def __post_init__(self) -> None:
         check_search(self.steps, self.shrink, self.refits)
-        if not 0 < self.damp <= 1 or self.block < 1 or self.rounds < 0:
-            raise BadPlan(
-                f"gptq needs 0 < damp <= 1, block >= 1 and rounds >= 0, not {self.damp}, {self.block} and {self.rounds}"
-            )
+        if not 0 < self.damp <= 1 or self.channel_damp < 0 or self.block < 1 or self.rounds < 0:
+            raise BadPlan(f"gptq needs 0 < damp <= 1, channel_damp >= 0, block >= 1 and rounds >= 0, not {self}")
 
     def solve(self, weight: Tensor, format: NumericFormat, stats: InputStats | None) -> QuantizedTensor:
         weight = checked(weight)
@@ -64,7 +65,7 @@ class Gptq(Solver):
         hessian = stats.hessian.to(weight.device, torch.float64)
         energy = hessian.diagonal()
         order = energy.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(energy))
-        hessian, feedback, pivots = factorize(hessian[order][:, order], self.damp)
+        hessian, feedback, pivots = factorize(hessian[order][:, order], self.damp, self.channel_damp)
         importance = torch.empty_like(pivots)
         importance[order] = pivots
         scale, zero = fit_grid(weight, format, importance, self.steps, self.shrink, self.refits)
@@ -145,12 +146,13 @@ class _Grid:
         return (codes - self.zero[self.group]).mul_(self.scale[self.group])
 
 
-def factorize(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+def factorize(hessian: Tensor, damp: float, channel_damp: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """H [K, K] float64 -> the damped H and A, float32, and D [K] float64, with damped H = (A + I) D (A + I)^T."""
     if not torch.isfinite(hessian).all():
         raise BadInput("the input statistics hold NaN or infinity")
-    ridge = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    ridge *= hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    energy = hessian.diagonal()
+    hessian = hessian + torch.diag(channel_damp * energy)
+    ridge = torch.diag(torch.full_like(energy, energy.mean().clamp_min(torch.finfo(torch.float32).tiny).item()))
     while damp <= 1:
         damped = hessian + damp * ridge
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))  # from the last column, as A is upper triangular
