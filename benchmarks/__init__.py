@@ -1,0 +1,1 @@
+"""Each table in the documents, as a command."""
