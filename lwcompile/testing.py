@@ -18,7 +18,6 @@ the report; the first that does not raises `VerificationError`, which names the 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -96,9 +95,14 @@ def _declaration(report: Report, given: Pass | type[Pass]) -> Pass:
 
 
 def _documentation(cls: type[Pass], made: Pass) -> None:
-    own = inspect.getdoc(cls) if "__doc__" in vars(cls) and cls.__doc__ else ""
-    generated = (own or "").startswith(f"{cls.__name__}(")  # what dataclass writes where there is none
-    text = f"{'' if generated else own}\n{getattr(sys.modules.get(cls.__module__), '__doc__', None) or ''}"
+    texts: list[str] = []
+    for base in cls.__mro__:
+        if base.__module__ in ("builtins", Pass.__module__):
+            continue
+        own = vars(base).get("__doc__") or ""
+        generated = own.startswith(f"{base.__name__}(")  # what dataclass writes where there is none
+        texts += ["" if generated else own, getattr(sys.modules.get(base.__module__), "__doc__", None) or ""]
+    text = "\n".join(texts)
     require(text.strip(), "neither the class nor its module has a docstring")
     if isinstance(made, AnalysisPass | TransformPass | Solver):
         require("Cost" in text, "no word of what it costs: say `Cost: one forward`, or what it is")
