@@ -15,6 +15,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from lwcompile.budget import format_size
+from lwcompile.strip import format_count
 
 if TYPE_CHECKING:
     from torch import fx
@@ -223,11 +224,3 @@ def _line(part: Part, name: str, style: str) -> Text:
         if note:
             text.append(f"  {note}", style="yellow" if "tied" in note or note.startswith("nothing") else "green")
     return text
-
-
-def format_count(n: int) -> str:
-    """`134.5 M`, `9,248`."""
-    for unit, scale in ((" B", 1e9), (" M", 1e6)):
-        if n >= scale:
-            return f"{n / scale:.4g}{unit}"
-    return f"{n:,}"

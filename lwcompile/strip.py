@@ -170,6 +170,14 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def format_count(n: int) -> str:
+    """`134.5 M`, `9,248`."""
+    for unit, scale in ((" B", 1e9), (" M", 1e6)):
+        if n >= scale:
+            return f"{n / scale:.4g}{unit}"
+    return f"{n:,}"
+
+
 def value_of(estimate: Any) -> float:
     """The mean of an estimate: a number, or a mapping with `mean` or `value`."""
     if isinstance(estimate, Mapping):
@@ -187,7 +195,9 @@ def _size(report: Mapping[str, Any], when: str) -> float | None:
     """Bytes on disk where a file was written, else what the weights take."""
     if size := _get(report, "speed", when, "file_bytes"):
         return size
-    return _get(report, "model", "dense_bytes") if when == "before" else _get(report, "bytes", "file")
+    if when == "before":
+        return _get(report, "model", "dense_bytes")
+    return _get(report, "bytes", "file") or _get(report, "bytes", "planned")
 
 
 def _get(data: Mapping[str, Any], *path: str) -> Any:

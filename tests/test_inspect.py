@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lwcompile import cli, pipeline
 from lwcompile.html.diagram import draw
-from lwcompile.inspect import Part, collapse, format_count, look, tree
+from lwcompile.inspect import Part, collapse, look, tree
 from lwcompile.program import Program
 from lwcompile.store import ParameterStore
+from lwcompile.strip import format_count
 from lwcompile.tracing import capture_module
 
 

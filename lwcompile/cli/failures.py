@@ -33,7 +33,8 @@ def report_failure(error: BaseException) -> int:
     if (sentence := system_failure(error)) is not None:
         return _say(sentence, LwError.exit_code)
     err().print("".join(traceback.format_exception(error)), markup=False, highlight=False, soft_wrap=True)
-    return _say(f"internal error: {type(error).__name__}: {error}; this is a fault of lwcompile, please report it", INTERNAL)
+    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return _say(f"internal error: {type(error).__name__}: {reason}; this is a fault of lwcompile, please report it", INTERNAL)
 
 
 def _say(sentence: str, code: int) -> int:

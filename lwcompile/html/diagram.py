@@ -6,7 +6,8 @@ from html import escape
 
 from lwcompile.budget import format_size
 from lwcompile.html import page
-from lwcompile.inspect import Part, collapse, format_count
+from lwcompile.inspect import Part, collapse
+from lwcompile.strip import format_count
 
 
 def draw(view: Part) -> str:

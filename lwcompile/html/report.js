@@ -81,8 +81,14 @@ function logScale(values, from, to, pad = 0.06) {
   return { place, ticks };
 }
 function axes(x, y, box, xLabel, yLabel, xText = number, yText = number) {
+  let last = -Infinity;
+  const roomy = x.ticks.filter((v) => {
+    const fits = x.place(v) - last >= 52;
+    if (fits) last = x.place(v);
+    return fits;
+  });
   return [
-    x.ticks.map((v) => s("g", {}, s("line", { class: "axis", x1: x.place(v), x2: x.place(v), y1: box.top, y2: box.bottom }),
+    roomy.map((v) => s("g", {}, s("line", { class: "axis", x1: x.place(v), x2: x.place(v), y1: box.top, y2: box.bottom }),
       s("text", { x: x.place(v), y: box.bottom + 15, "text-anchor": "middle" }, xText(v)))),
     y.ticks.map((v) => s("g", {}, s("line", { class: "axis", x1: box.left, x2: box.right, y1: y.place(v), y2: y.place(v) }),
       s("text", { x: box.left - 6, y: y.place(v) + 4, "text-anchor": "end" }, yText(v)))),
@@ -153,7 +159,7 @@ function strip() {
       if (before !== null && prefix(block.id) !== before) x += 18;
       const local = +block.id.match(/\d+$/)[0], each = height / block.sublayers.length;
       block.sublayers.forEach((sub, k) => nodes.push(put(x, k * each + (k ? 1 : 0), cell - 2, each - (k ? 1 : 1), shown.strip[i][k], sub.id)));
-      if (local % 5 === 0) nodes.push(s("text", { x: x + cell / 2 - 1, y: height + 16, "text-anchor": "middle" }, local));
+      if (local % (n > 12 ? 5 : 1) === 0) nodes.push(s("text", { x: x + cell / 2 - 1, y: height + 16, "text-anchor": "middle" }, local));
       if (prefix(block.id) !== before && prefix(block.id)) nodes.push(s("text", { x, y: height + 32 }, prefix(block.id).replace(/\.$/, "")));
       before = prefix(block.id);
       x += cell;
@@ -256,7 +262,7 @@ function heat() {
       const height = facet.options.length * tall, rowLabels = facet.labels.map((l, i) => s("text", { x: left - 6, y: i * tall + 12, "text-anchor": "end", tip: facet.options[i] }, l));
       const columnLabels = facet.columns.map((c, i) => named
         ? s("text", { transform: `translate(${left + i * w + w / 2 + 3} ${height + 12}) rotate(-28)`, "text-anchor": "end" }, c)
-        : i % 5 === 0 ? s("text", { x: left + i * w + w / 2, y: height + 14, "text-anchor": "middle" }, c) : null);
+        : i % (n > 12 ? 5 : 1) === 0 ? s("text", { x: left + i * w + w / 2, y: height + 14, "text-anchor": "middle" }, c) : null);
       return h("div", { class: "facet" }, h("h3", {}, facet.title), chart(left + n * w + 6, height + foot + 4, facet.title, hatch(), nodes, outlines, rowLabels, columnLabels));
     }));
   });

@@ -10,7 +10,7 @@ from typing import Any
 from lwcompile.errors import BadInput
 from lwcompile.report import finite
 from lwcompile.spec import KEEP, Spec
-from lwcompile.strip import FLOAT, SCALE, summary_rows
+from lwcompile.strip import FLOAT, SCALE, format_count, summary_rows
 from lwcompile.table import Choice, OptionTable, canonical, format_options
 
 _BLOCK = re.compile(r"(?P<prefix>.*?)block(?P<number>\d+)(?:\.(?P<rest>.*))?$")
@@ -77,7 +77,7 @@ def _table(data: Mapping[str, Any]) -> OptionTable | None:
 
 def _facts(data: Mapping[str, Any]) -> list[str]:
     model, recipe = data["model"], data.get("recipe") or {}
-    words = [f"{model['parameters'] / 1e6:.1f} M parameters", f"{len(model['blocks'])} blocks"]
+    words = [f"{format_count(model['parameters'])} parameters", f"{len(model['blocks'])} blocks"]
     if isinstance(recipe, Mapping) and recipe.get("name"):
         words.append(f"recipe {recipe['name']}")
     if budget := data.get("budget"):
