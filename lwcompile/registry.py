@@ -66,7 +66,10 @@ def load(group: Group, name: str) -> Any:
     try:
         plugin = point.load()
     except Exception as error:
-        raise PluginError(f"the {_singular(group)} {name!r} of {owner} ({value}) does not load: {error}") from error
+        kind = type(error).__name__
+        raise PluginError(f"the {_singular(group)} {name!r} of {owner} ({value}) does not load: {kind}: {error}") from error
+    if not isinstance(plugin, type):
+        raise PluginError(f"the {_singular(group)} {name!r} of {owner} ({value}) is a {type(plugin).__name__}, not a class")
     if getattr(plugin, "api", API_VERSION) != API_VERSION:
         raise PluginError(
             f"the {_singular(group)} {name!r} of {owner} was written for version {plugin.api} of the pass contract, "
@@ -95,7 +98,7 @@ def providers(key: str) -> list[str]:
             plugin = point.load()
         except Exception:  # a plugin that does not load provides nothing
             continue
-        if issubclass(plugin, Pass) and key in getattr(plugin, "provides", ()):
+        if isinstance(plugin, type) and issubclass(plugin, Pass) and key in getattr(plugin, "provides", ()):
             names.append(point.name)
     return sorted(names)
 
