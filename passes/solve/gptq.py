@@ -8,6 +8,7 @@ part of its error that no later column can take up. H is damped channel by chann
 follow: each group's scale, then each code, moves to its optimum given all the others. Weights of dead channels (H_kk = 0)
 are rounded, not zeroed.
 
+Source: GPTQ (METHODS 3.1) in LDLQ's form, with the changes above.
 Cost: a float64 Cholesky of K x K and (1 + 2 rounds) N K^2 multiply-adds.
 Refuses: no input statistics; NaN or infinite weights; an H that is not positive definite at any damping.
 """
