@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -42,30 +43,35 @@ class Extents:
         return dim if isinstance(dim, int) else self.symbols.get(dim)
 
 
-def symbol_parts(symbol: str) -> list[str]:
-    """`past_sequence + sequence` -> its two symbols: a size may be declared as a sum of others."""
-    return [part.strip() for part in symbol.split("+")]
-
-
 def free_symbols(inputs: Sequence[Input]) -> list[str]:
-    """The symbols of the inputs, in order of appearance, sums taken apart."""
-    seen: dict[str, None] = {}
-    for item in inputs:
-        for symbol in item.dynamic.values():
-            seen.update(dict.fromkeys(part for part in symbol_parts(symbol) if not part.isdigit()))
-    return list(seen)
+    """The symbols of the inputs, in order of appearance."""
+    return list(dict.fromkeys(symbol for item in inputs for symbol in item.dynamic.values()))
 
 
-def resized(inputs: Sequence[Input], sizes: Mapping[str, int]) -> list[Input]:
-    """The inputs with their free sizes set."""
-    return [replace(item, shape=shape_at(item, sizes)) for item in inputs]
+def example_sizes(inputs: Sequence[Input]) -> dict[str, int]:
+    return {symbol: item.shape[dim] for item in inputs for dim, symbol in item.dynamic.items()}
+
+
+def sums(inputs: Sequence[Input]) -> dict[str, tuple[str, str]]:
+    """Lengths that are two others' sum in the example, as a mask's is a cache's and the new tokens'. They may be free all the same."""
+    examples = example_sizes(inputs)
+    batches = {item.dynamic[0] for item in inputs if 0 in item.dynamic}
+    lengths = [s for s in examples if s not in batches]
+    found: dict[str, tuple[str, str]] = {}
+    for total, a, b in product(lengths, repeat=3):
+        parts_are_free = a not in found and b not in found and total not in {p for pair in found.values() for p in pair}
+        if len({total, a, b}) == 3 and examples[total] == examples[a] + examples[b] and parts_are_free:
+            found.setdefault(total, (a, b))
+    return found
+
+
+def summed(inputs: Sequence[Input], sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes, with those that are sums following their parts."""
+    return {**sizes, **{total: sizes[a] + sizes[b] for total, (a, b) in sums(inputs).items()}}
 
 
 def shape_at(item: Input, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    shape = list(item.shape)
-    for dim, symbol in item.dynamic.items():
-        shape[dim] = sum(int(part) if part.isdigit() else sizes[part] for part in symbol_parts(symbol))
-    return tuple(shape)
+    return tuple(sizes[item.dynamic[d]] if d in item.dynamic else size for d, size in enumerate(item.shape))
 
 
 def extents(graph: ModelGraph) -> Extents:
@@ -83,16 +89,19 @@ def extents(graph: ModelGraph) -> Extents:
 
 
 def _candidates(graph: ModelGraph, symbols: list[str]) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-    example = {s: item.shape[d] for item in graph.inputs for d, s in item.dynamic.items() if s in symbols}
-    example |= {s: 7 for s in symbols if s not in example}
+    example = example_sizes(graph.inputs)
     yield dict(zip(symbols, (5, 11, 17, 23, 29, 37, 43, 47))), dict(zip(symbols, (7, 13, 19, 3, 31, 41, 53, 59)))
+    if sums(graph.inputs):
+        first = dict(zip(symbols, (5, 11, 17, 23, 29, 37, 43, 47)))
+        second = dict(zip(symbols, (7, 13, 19, 3, 31, 41, 53, 59)))
+        yield summed(graph.inputs, first), summed(graph.inputs, second)
     yield {s: v + i for i, (s, v) in enumerate(example.items())}, {s: v + 5 * i + 3 for i, (s, v) in enumerate(example.items())}
     yield {s: 2 * v for s, v in example.items()}, {s: (3 + i) * v for i, (s, v) in enumerate(example.items())}
 
 
 def _propagated(graph: ModelGraph, sizes: Mapping[str, int]) -> ModelGraph:
     probe = graph.copy()
-    probe.inputs = resized(graph.inputs, sizes)
+    probe.inputs = [replace(item, shape=shape_at(item, sizes)) for item in graph.inputs]
     probe.propagate()
     return probe
 

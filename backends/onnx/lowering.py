@@ -6,7 +6,7 @@ nodes among its arguments arrive as `ir.Value` (tensors), `Size` or numbers (siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -34,6 +34,21 @@ def lowers(*names: str, nodes: bool = False) -> Callable[[Lower], Lower]:
     return register
 
 
+FUSIONS: dict[str, list[Lower]] = {}
+"""Lowerings of a call together with what it is computed from, tried before the table: they return None where they don't apply."""
+
+
+def fuses(*names: str) -> Callable[[Lower], Lower]:
+    """Register a fusion `(g: Lowering, node) -> value or None`. The nodes it stands for fall away if nothing else reads them."""
+
+    def register(function: Lower) -> Lower:
+        for name in names:
+            FUSIONS.setdefault(name, []).append(function)
+        return function
+
+    return register
+
+
 def operator_name(node: fx.Node) -> str:
     """`add.Tensor` for torch's operators, `size.mul` for arithmetic on sizes."""
     if isinstance(node.target, torch._ops.OpOverload):
@@ -54,6 +69,7 @@ class Lowering:
         self._initializers: dict[tuple[str, bool], str] = {}
         self._symbols: dict[Free, Size] = {}
         self._returned: list[ir.Value] = []
+        self._merged: dict[fx.Node, ir.Value] = {}
         self._shared_by_others = self._read_outside_linears()
 
     def run(self, name: str) -> ir.Graph:
@@ -128,6 +144,37 @@ class Lowering:
             spec[unknown[-1]] = -1
         return self.b.op("Reshape", x, self.b.shape([s for s in spec if s is not None]))
 
+    # --- heads
+
+    def merged(self, node: fx.Node) -> ir.Value | None:
+        """A tensor [batch, heads, sequence, width] as [batch, sequence, heads * width], if that is what it was made from."""
+        if node in self._merged:
+            return self._merged[node]
+        if (source := _heads_swapped(node)) is None or self.rank(node) != 4:
+            return None
+        batch, heads, sequence, width = self.dims(node)
+        if not isinstance(heads, int) or not isinstance(width, int):
+            return None
+        flat = (batch, sequence, heads * width)
+        if operator_name(source) == "reshape" and self.dims(source.args[0]) == flat:
+            return self.value(source.args[0])
+        return self.b.op("Reshape", self.value(source), self.b.ints([0, 0, heads * width]))
+
+    def split_heads(self, node: fx.Node, flat: ir.Value) -> ir.Value:
+        """Note that `node` [batch, heads, sequence, width] is known as [batch, sequence, heads * width]; its value proper."""
+        self._merged[node] = flat
+        heads, width = self.dims(node)[1], self.dims(node)[3]
+        assert isinstance(heads, int) and isinstance(width, int)
+        return self.b.op("Transpose", self.b.op("Reshape", flat, self.b.ints([0, 0, heads, width])), perm=[0, 2, 1, 3])
+
+    def known_flat(self, node: fx.Node) -> ir.Value | None:
+        """The value of a reshape that undoes `split_heads`, or None for any other node."""
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or (split := _heads_swapped(source)) is None or split not in self._merged:
+            return None
+        batch, heads, sequence, width = self.dims(split)
+        return self._merged[split] if self.dims(node) == (batch, sequence, heads * width) else None  # type: ignore[operator]
+
     # --- the ends
 
     def _input(self, node: fx.Node) -> ir.Value:
@@ -191,6 +238,10 @@ class Lowering:
         name = operator_name(node)
         if name not in TABLE:
             raise Refused(f"no lowering for {node.target}", site=node.meta.get("path") or node.name)
+        for fusion in FUSIONS.get(name, ()):
+            if (fused := fusion(self, node)) is not None:
+                self.values[node] = self._typed(node, fused)
+                return
         lower, nodes = TABLE[name]
         args, kwargs = (node.args, node.kwargs) if nodes else self.value((node.args, dict(node.kwargs)))
         try:
@@ -207,3 +258,11 @@ class Lowering:
         if not isinstance(result, ir.Value) or node not in self.extents.dtypes:
             return result
         return self.b.cast(result, self.kind(node))
+
+
+def _heads_swapped(node: fx.Node) -> fx.Node | None:
+    """The tensor that a swap of the second and third of four axes reads."""
+    name = operator_name(node) if node.op == "call_function" else ""
+    swaps = name == "transpose.int" and sorted(node.args[1:]) in ([1, 2], [-3, -2])  # type: ignore[type-var]
+    moves = name == "permute" and list(node.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]
+    return node.args[0] if swaps or moves else None  # type: ignore[return-value]

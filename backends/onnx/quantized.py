@@ -11,7 +11,10 @@ Source: com.microsoft contrib operators of onnxruntime; `packing` for the layout
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 import torch
@@ -138,7 +141,9 @@ class Quantized:
 
     def codes(self, weight: QuantizedWeight, shape: tuple[int, ...], width: int | None = None) -> ir.Value:
         s = weight.storage
-        stored = self._stored(weight.codes, s, s.code_bytes, lambda t: stored_codes(t, s))
+        whole = s.format.bits == s.width and s.block and s.code_bytes * 8 == s.rows * s.columns * s.width
+        natural = (s.rows, s.blocks, s.block * s.width // 8) if whole and s.block else (s.code_bytes,)
+        stored = self._stored(weight.codes, s, natural, lambda t: stored_codes(t, s))
         return self._widened(stored, s.format.bits, s.width, width or s.width, shape)
 
     def scales(self, weight: QuantizedWeight) -> ir.Value:
@@ -157,8 +162,7 @@ class Quantized:
                 return None
             shape = b.ints([s.rows, -(-s.blocks * s.width // 8)])
             return b.op("ConstantOfShape", shape, value=ir.tensor([centre_byte(s)], dtype=UINT8, name="centre"), dtype=UINT8)
-        assert weight.zero is not None
-        stored = self._stored(weight.zero, s, s.zero_bytes, lambda t: stored_zeros(t, s))
+        stored = self._zeros(weight)
         if s.repeats == 1:
             return self._widened(stored, s.format.bits, s.width, s.width, (s.rows, s.zero_columns * s.width // 8))
         zeros = self._repeated(self._widened(stored, s.format.bits, 8, 8, (s.rows, s.groups)), s)
@@ -172,12 +176,17 @@ class Quantized:
             return b.cast(self._float(weight.zero), FLOAT)
         if s.format.zero_point == "none":
             return b.constant([[float(s.format.center)]], FLOAT)
-        assert weight.zero is not None
-        stored = self._stored(weight.zero, s, s.zero_bytes, lambda t: stored_zeros(t, s))
-        zeros = self._widened(stored, s.format.bits, s.zero_width, 8, (s.rows, s.zero_columns))
+        zeros = self._widened(self._zeros(weight), s.format.bits, s.zero_width, 8, (s.rows, s.zero_columns))
         if s.zero_columns != s.groups:
             zeros = b.op("Slice", zeros, b.ints([0]), b.ints([s.groups]), b.ints([1]))
         return b.cast(zeros, FLOAT)
+
+    def _zeros(self, weight: QuantizedWeight) -> ir.Value:
+        assert weight.zero is not None
+        s = weight.storage
+        columns = s.zero_columns * s.zero_width // 8
+        whole = s.format.bits == s.zero_width and s.zero_bytes == s.rows * columns
+        return self._stored(weight.zero, s, (s.rows, columns) if whole else (s.zero_bytes,), lambda t: stored_zeros(t, s))
 
     def offsets(self, weight: QuantizedWeight) -> ir.Value:
         """(centre - zero) * scale, float32 [N, G]: what float zero points add to each group."""
@@ -187,10 +196,11 @@ class Quantized:
 
     # --- bytes
 
-    def _stored(self, name: str, storage: Storage, nbytes: int, convert) -> ir.Value:
+    def _stored(self, name: str, storage: Storage, shape: tuple[int, ...], convert: Callable[[Tensor], Tensor]) -> ir.Value:
+        """An initializer of stored bytes, once per entry of the program's store and layout."""
         key = self.graph.tensors[name]
         bound = self._bound.setdefault((key, storage), name if name not in self.b.initializers else self.b.fresh(name))
-        return self.b.stored(bound, lambda: convert(self.graph.store[key]), (nbytes,), torch.uint8)
+        return self.b.stored(bound, lambda: convert(self.graph.store[key]).reshape(shape), shape, torch.uint8)
 
     def _float(self, name: str) -> ir.Value:
         key = self.graph.tensors[name]
@@ -204,22 +214,18 @@ class Quantized:
 
     def _widened(self, stored: ir.Value, bits: int, stored_width: int, width: int, shape: tuple[int, ...]) -> ir.Value:
         """Stored bytes -> a tensor of this shape with codes of `width` bits."""
-        b = self.b
-        count = shape[0] * shape[1] * (shape[2] if len(shape) > 2 else 1)
+        b, count = self.b, math.prod(shape)
         if width != stored_width:
             flat = self._nibbles(self._widened(stored, bits, stored_width, stored_width, (-(-count // 16) * 8, 1)))
             return b.op("Reshape", self._cut(flat, count), b.ints(shape))
-        total = -(-count // 8) * 8
+        if list(stored.shape or ()) == list(shape):
+            return stored
+        exact = count % 8 == 0
         if bits != width:
-            flat = b.call(
-                f"Unpack{bits}to{width}",
-                lambda: unpack_function(bits, width),
-                stored,
-                b.ints(shape if total == count else [-1]),
-                dtype=UINT8,
-            )
-            return flat if total == count else b.op("Reshape", self._cut(flat, count), b.ints(shape))
-        return b.op("Reshape", stored if total == count else self._cut(stored, count), b.ints(shape))
+            make = partial(unpack_function, bits, width)
+            flat = b.call(f"Unpack{bits}to{width}", make, stored, b.ints(shape if exact else [-1]), dtype=UINT8)
+            return flat if exact else b.op("Reshape", self._cut(flat, count), b.ints(shape))
+        return b.op("Reshape", stored if exact else self._cut(stored, count), b.ints(shape))
 
     def _cut(self, flat: ir.Value, count: int) -> ir.Value:
         return self.b.op("Slice", flat, self.b.ints([0]), self.b.ints([count]), self.b.ints([0]))

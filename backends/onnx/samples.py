@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lwcompile.backends.onnx.extents import free_symbols, shape_at
+from lwcompile.backends.onnx.extents import example_sizes, shape_at, summed
 from lwcompile.errors import BadInput
 from lwcompile.graph import Input, ModelGraph, iterate_calls
 from lwcompile.probe import value_inputs
@@ -90,9 +90,9 @@ def _shortened(graph: ModelGraph, name: str, value: Tensor) -> Tensor:
 
 def _sizes(graph: ModelGraph, given: Mapping[str, Tensor]) -> dict[str, int]:
     """A value per symbol: the samples' where they say it, else the example's."""
-    known = {s: i.shape[d] for i in graph.inputs for d, s in i.dynamic.items()}
+    known = example_sizes(graph.inputs)
     known |= {s: given[i.name].shape[d] for i in graph.inputs if i.name in given for d, s in i.dynamic.items()}
-    return {symbol: known.get(symbol, 5) for symbol in free_symbols(graph.inputs)}
+    return summed(graph.inputs, known)
 
 
 def _noise(graph: ModelGraph, sizes: Mapping[str, int]) -> Feed:
@@ -129,7 +129,7 @@ def padded(mask: Tensor) -> Tensor:
 def smaller(graph: ModelGraph, feed: Feed) -> Feed:
     """The same inputs at two thirds of every free length, with left padding where a mask says what is padding."""
     sizes = _sizes(graph, feed)
-    shorter = {symbol: max(1, (2 * size) // 3) for symbol, size in sizes.items()}
+    shorter = summed(graph.inputs, {symbol: max(1, (2 * size) // 3) for symbol, size in sizes.items()})
     made: Feed = {}
     for item in graph.inputs:
         value = feed[item.name]

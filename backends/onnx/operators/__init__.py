@@ -7,6 +7,7 @@ from lwcompile.backends.onnx.operators import (  # noqa: F401
     indexing,
     linear,
     reductions,
+    rotary,
     shapes,
     sizes,
     windows,

@@ -17,6 +17,8 @@ LAST = (1 << 63) - 1
 
 @lowers("reshape", "view", "_unsafe_view", "flatten.using_ints", "unflatten.int", "view_as", "reshape_as", "ravel")
 def reshape(g: Lowering, node: fx.Node, x: ir.Value, *args: Any) -> ir.Value:
+    if (flat := g.known_flat(node)) is not None:
+        return flat
     sizes = args[0] if str(node.target) in ("aten.reshape.default", "aten.view.default", "aten._unsafe_view.default") else None
     return g.reshape(x, g.dims(node), g.dims(node.args[0]), sizes)
 
