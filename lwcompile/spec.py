@@ -17,7 +17,7 @@ Scalar = int | float | bool | str | None
 Value: TypeAlias = "Scalar | tuple[Value, ...] | Spec"
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-/]*")
-_NUMBER = re.compile(r"[+-]?(\d+\.\d*([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?|\d+[eE][+-]?\d+|\d+)(?![A-Za-z0-9_.])")
+_NUMBER = re.compile(r"[+-]?(\d+\.\d*([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?|\d+[eE][+-]?\d+|\d+|inf)(?![A-Za-z0-9_.\-/])")
 _WORDS: dict[str, Scalar] = {"true": True, "false": False, "none": None}
 
 
@@ -66,7 +66,7 @@ def _format(value: Value) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
-    plain = _NAME.fullmatch(value) and value.lower() not in _WORDS
+    plain = _NAME.fullmatch(value) and value.lower() not in _WORDS and not _NUMBER.fullmatch(value)
     return value if plain else json.dumps(value, ensure_ascii=False)
 
 
@@ -136,7 +136,7 @@ class _Reader:
         if self.text.startswith("{", self.at):
             self.at += 1
             return Spec(word, self.arguments())
-        return _WORDS.get(word, word)
+        return _WORDS.get(word.lower(), word)
 
     def list(self) -> tuple[Value, ...]:
         items: list[Value] = []

@@ -16,9 +16,8 @@ from lwcompile.registry import Plugin, load, plugins
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-FRAMEWORK = [
-    p for p in sorted((ROOT / "lwcompile").rglob("*.py")) if not {"passes", "backends"} & set(p.parts[len(ROOT.parts) :])
-]
+PLUGGED = {"passes", "backends"}
+FRAMEWORK = [p for p in sorted((ROOT / "lwcompile").rglob("*.py")) if not PLUGGED & set(p.relative_to(ROOT).parts)]
 BUILT_IN = [p for p in plugins() if p.distribution == "lwcompile"]
 PASSES = [p for p in BUILT_IN if p.group in ("passes", "solvers", "allocators")]
 PASS_FILES = sorted({p.value.partition(":")[0] for p in PASSES})
