@@ -299,8 +299,9 @@ class Session:
 
             def outputs(executor: Executor, tick: bool) -> Iterator[dict[str, Tensor]]:
                 for batch in batches:
-                    with torch.no_grad():
-                        yield executor.run(batch)
+                    with torch.no_grad():  # not around the yield: interleaved generators would leave gradients off
+                        made = executor.run(batch)
+                    yield made
                     if tick:
                         task.advance()
 

@@ -410,23 +410,50 @@ class _Words:
         return " ".join(f"w{i}" for i in ids)
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "at"), [([1, 2], [1, 2], None), ([1, 2, 3], [1, 5, 3], 1), ([1, 2], [1, 2, 3], 2), ([], [1], 0), ([], [], None)]
-)
-def test_the_first_token_that_differs(a, b, at):
-    assert quality.divergence(a, b) == at
+class _Counter:
+    """A decode step that counts on from the last token, and ends after `end`; `slip` doubles one token."""
+
+    def __init__(self, end: int = 9, slip: int = -1) -> None:
+        self.end, self.slip, self.seen = end, slip, []
+
+    def __call__(self, input_ids: Any, mask: Any, positions: Any, cache: Any) -> tuple[Any, Any]:
+        import torch
+
+        self.seen.append(input_ids[0].tolist())
+        last = int(input_ids[0, -1])
+        following = 0 if last >= self.end else 7 if last == self.slip else last + 1
+        return torch.nn.functional.one_hot(torch.tensor([following]), 12).float(), None
+
+
+def _speakers(monkeypatch, **steps: _Counter) -> None:
+    monkeypatch.setattr(quality, "open_speaker", lambda source, raw: quality.Speaker(source, steps[source], _Words(), raw))
 
 
 def test_chat_marks_where_the_answers_part(monkeypatch, capsys):
-    answers = {"small": [1, 2, 9], "dense": [1, 2, 3]}
-    monkeypatch.setattr(quality, "open_speaker", lambda source, raw: quality.Speaker(source, source, _Words(), raw))
-    monkeypatch.setattr(quality.Speaker, "reply", lambda self, text, n: answers[self.step][:n])
-    assert cli.run(["chat", "small", "--compare", "dense", "--prompt", "hi"]) == 0
+    _speakers(monkeypatch, small=_Counter(slip=5), dense=_Counter())
+    line = ["chat", "small", "--compare", "dense", "--prompt", "hi there", "--max-tokens", "3"]  # the last word is token 5
+    assert cli.run(line) == 0
     printed = capsys.readouterr()
-    assert "[ w9]" in printed.out and "[ w3]" in printed.out and "up to token 2" in printed.err
-    assert cli.run(["chat", "small", "--compare", "dense", "--prompt", "hi", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["diverges_at"] == 2
+    assert "[w7]" in printed.out and "[w6]" in printed.out and "up to token 0" in printed.err
+    _speakers(monkeypatch, small=_Counter(slip=7), dense=_Counter())
+    assert cli.run([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["diverges_at"] == 2
+    assert [row["tokens"] for row in found["replies"]] == [[6, 7, 7], [6, 7, 8]]
+    _speakers(monkeypatch, small=_Counter(), dense=_Counter())
+    assert cli.run(line) == 0
+    assert "the same 3 tokens" in capsys.readouterr().err
     assert cli.run(["chat", "small", "--json"]) == 2
+
+
+def test_chat_answers_line_by_line_until_an_empty_one(monkeypatch, capsys):
+    step = _Counter()
+    _speakers(monkeypatch, small=step)
+    lines = iter(["to seven", "again", ""])
+    monkeypatch.setattr(quality, "ask", lambda: next(lines))
+    assert cli.run(["chat", "small"]) == 0
+    assert capsys.readouterr().out == "w6 w7 w8 w9\nw6 w7 w8 w9\n"
+    assert step.seen[0] == [2, 5]
 
 
 # --- estimates
@@ -455,3 +482,54 @@ def test_damage_table_puts_the_most_sensitive_sites_first():
     drawn = make.damage_table(table, 2)
     worst = max(table.sites.values(), key=lambda row: max(c.predicted for c in row.choices if c.refused is None))
     assert drawn.row_count == 2 and next(iter(drawn.columns[0].cells)) == worst.site
+
+
+# --- the real pipeline, on a model of 30,000 parameters
+
+RECIPE = """
+analyses: [fisher]
+options:
+  linear: ["quantize{bits=[3,8],group_size=32,solver=rtn}"]
+  embedding: ["quantize{bits=8,group_size=32,solver=rtn}"]
+  mlp: [drop]
+budget: {avg_bits: 20}
+calibration: {dataset: random, samples: 8, seqlen: 16}
+evaluation: {dataset: random, samples: 8, seqlen: 16}
+"""
+
+
+def test_compress_eval_replan_and_report_a_real_program(tmp_path, capsys):
+    from tiny import llama_program
+
+    from lwcompile.artifact import load
+    from lwcompile.table import format_options
+
+    model, recipe, small = tmp_path / "model", tmp_path / "r.yaml", tmp_path / "small"
+    llama_program().save(model)
+    recipe.write_text(RECIPE)
+    given = ["--model", str(model), "--recipe", str(recipe)]
+    assert cli.run(["compress", str(small), *given, "--drop-sublayers", "1", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    plan = load(small).plan
+    assert [format_options(o) for s, o in plan.choices.items() if s.endswith(".mlp")] == ["drop"]
+    assert made["bytes"]["avg_bits"] <= 20 and Path(made["report"]).is_file()
+
+    assert cli.run(["eval", str(small), *given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["damage"]["mean"] == pytest.approx(made["measured"]["value"], rel=1e-6)
+    assert found["perplexity"]["low"] <= found["perplexity"]["mean"] <= found["perplexity"]["high"]
+
+    file = tmp_path / "edited.yaml"
+    dropped = next(site for site in plan.choices if site.endswith(".mlp"))
+    for wrong, said in ((f"{dropped}: explode", "is not offered explode"), ("block9.mlp: drop", "unknown site 'block9.mlp'")):
+        file.write_text((small / "plan.yaml").read_text().replace(f"{dropped}: drop", wrong))
+        line = next(i for i, text in enumerate(file.read_text().splitlines(), 1) if wrong in text)
+        assert cli.run(["compress", str(tmp_path / "other"), *given, "--plan", str(file)]) == 2
+        error = capsys.readouterr().err
+        assert f"edited.yaml:{line}: " in error and said in error
+        assert not (tmp_path / "other").exists()
+
+    assert cli.run(["analyze", *given, "--rows", "3"]) == 0
+    assert "3 of" in capsys.readouterr().out
+    assert cli.run(["report"]) == 0
+    assert "damage" in capsys.readouterr().out

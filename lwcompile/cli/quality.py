@@ -68,8 +68,9 @@ def measure(session: Session, artifact: Artifact) -> dict[str, Estimate]:
 
         def outputs(run: Callable[[dict[str, Tensor]], Any], steps: int) -> Iterator[Any]:
             for batch in batches:
-                with torch.no_grad():
-                    yield run(batch)
+                with torch.no_grad():  # not around the yield: interleaved generators would leave gradients off
+                    made = run(batch)
+                yield made
                 task.advance(steps)
 
         theirs = outputs(lambda batch: artifact.run(**batch), 1)
@@ -110,13 +111,13 @@ def chat(
     if json and prompt is None:
         raise BadInput("--json needs --prompt: a conversation is no JSON document")
     speakers = [open_speaker(model, raw)] + ([open_speaker(compare, raw)] if compare is not None else [])
+    if json:
+        return show_json(as_json(speakers, [speaker.reply(prompt or "", max_tokens) for speaker in speakers]))
     if prompt is not None:
-        replies = [speaker.reply(prompt, max_tokens) for speaker in speakers]
-        show_json(as_json(speakers, replies)) if json else show_replies(speakers, replies)
-        return
+        return answer(speakers, prompt, max_tokens)
     note("an empty line or Ctrl-D ends the conversation")
     while line := ask():
-        show_replies(speakers, [speaker.reply(line, max_tokens) for speaker in speakers])
+        answer(speakers, line, max_tokens)
 
 
 def ask() -> str:
@@ -136,15 +137,20 @@ class Speaker:
     raw: bool = False
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def reply(self, text: str, max_tokens: int) -> list[int]:
-        """The tokens of the answer, greedily, without the end token."""
-        from lwcompile.generate import generate
+    def reply(self, text: str, max_tokens: int, say: Callable[[str], None] | None = None) -> list[int]:
+        """The tokens of the answer, greedily, without the end token; `say` gets its text piece by piece."""
+        from lwcompile.generate import stream
 
         self.messages.append({"role": "user", "content": text})
-        ids = self._ids(text)
-        eos = self.tokenizer.eos_token_id
-        produced = generate(self.step, ids, max_new_tokens=max_tokens, eos=eos)[0, ids.shape[1] :].tolist()
-        made = produced[: produced.index(eos)] if eos in produced else produced
+        eos, made, said = self.tokenizer.eos_token_id, [], ""
+        for tokens in stream(self.step, self._ids(text), max_new_tokens=max_tokens, eos=eos):
+            if (token := int(tokens[0])) == eos:
+                break
+            made.append(token)
+            whole = self.text(made)
+            if say is not None and not whole.endswith("\ufffd"):  # half of a character comes with the next token
+                say(whole[len(said) :])
+                said = whole
         self.messages.append({"role": "assistant", "content": self.text(made)})
         return made
 
@@ -176,30 +182,30 @@ def open_speaker(source: str, raw: bool) -> Speaker:
     return Speaker(source, step, tokenizer, raw)
 
 
-def divergence(a: list[int], b: list[int]) -> int | None:
-    """The first position at which two answers differ; None if they are equal."""
-    if a == b:
-        return None
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
 def as_json(speakers: list[Speaker], replies: list[list[int]]) -> dict[str, Any]:
+    from lwcompile.generate import divergence
+
     rows = [{"model": s.name, "text": s.text(ids), "tokens": ids} for s, ids in zip(speakers, replies)]
     if len(rows) == 1:
         return rows[0]
     return {"replies": rows, "diverges_at": divergence(*replies)}
 
 
-def show_replies(speakers: list[Speaker], replies: list[list[int]]) -> None:
-    """One answer as text; two as columns, the first token that differs in reverse."""
+def answer(speakers: list[Speaker], text: str, max_tokens: int) -> None:
+    """One model's answer as it comes; two models' as columns, the first token that differs in reverse."""
     from rich.table import Table
+    from rich.text import Text
+
+    from lwcompile.generate import divergence
 
     if len(speakers) == 1:
-        return out().print(speakers[0].text(replies[0]), markup=False, highlight=False)
+        speakers[0].reply(text, max_tokens, lambda piece: typer.echo(piece, nl=False))
+        return typer.echo()
+    replies = [speaker.reply(text, max_tokens) for speaker in speakers]
     at = divergence(*replies)
     drawn = Table(expand=True)
     for speaker in speakers:
-        drawn.add_column(speaker.name, ratio=1)
+        drawn.add_column(Text(speaker.name), ratio=1)
     drawn.add_row(*(marked(speaker, ids, at) for speaker, ids in zip(speakers, replies)))
     out().print(drawn)
     same = f"the same {len(replies[0])} tokens" if at is None else f"the same up to token {at}"
