@@ -16,6 +16,7 @@ Refuses: no input statistics; NaN or infinite weights; an H that is not positive
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -63,10 +64,7 @@ class Gptq(Solver):
             raise BadInput("gptq needs statistics of the weight's inputs: give calibration samples, or use hqq or rtn")
         if stats.features != weight.shape[1]:
             raise BadInput(f"the input statistics have {stats.features} channels, the weight takes {weight.shape[1]}")
-        hessian = stats.hessian.to(weight.device, torch.float64)
-        energy = hessian.diagonal()
-        order = energy.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(energy))
-        hessian, feedback, pivots = factorize(hessian[order][:, order], self.damp, self.channel_damp)
+        order, hessian, feedback, pivots = _factors(stats, stats.weight, self.damp, self.channel_damp, self.act_order)
         importance = torch.empty_like(pivots)
         importance[order] = pivots
         scale, zero = fit_grid(weight, format, importance, self.steps, self.shrink, self.refits)
@@ -145,6 +143,17 @@ class _Grid:
 
     def _values(self, codes: Tensor) -> Tensor:
         return (codes - self.zero[self.group]).mul_(self.scale[self.group])
+
+
+@lru_cache(maxsize=2)  # q, k and v share their inputs, as do all the formats tried on one weight
+def _factors(
+    stats: InputStats, seen: float, damp: float, channel_damp: float, act_order: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The order of columns, and the damped H, A and D in that order; `seen` tells updated statistics from older ones."""
+    hessian = stats.hessian.double()
+    energy = hessian.diagonal()
+    order = energy.argsort(descending=True, stable=True) if act_order else torch.arange(len(energy), device=energy.device)
+    return order, *factorize(hessian[order][:, order], damp, channel_damp)
 
 
 def factorize(hessian: Tensor, damp: float, channel_damp: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
