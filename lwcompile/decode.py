@@ -134,7 +134,8 @@ def _add_past(graph: ModelGraph, index: int, attention: Attention, data: Input) 
 def _lengths(graph: ModelGraph, data: Input, dim: int, padding: Input | None, past: fx.Node) -> _Lengths:
     """T is the padding input's length, or without one the first cache's and the queries' together."""
     nodes = graph.input_nodes()
-    call = Formula(graph, next(n for n in graph.graph.nodes if n.op == "call_function"))
+    inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    call = Formula(graph, inputs[-1].next)  # a packed weight's dequantize may stand before the inputs
     queries = call.size(nodes[data.name], dim)
     keys = call.size(nodes[padding.name], 1) if padding else call(operator.add, call.size(past, 2), queries)
     for node in [n for n in iterate_calls(graph, aten.sym_size.int) if n not in (queries, keys)]:

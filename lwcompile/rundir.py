@@ -78,6 +78,7 @@ def write_atomic(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            Path(name).chmod(0o644)  # mkstemp's 0600 would keep an artifact to its owner
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)

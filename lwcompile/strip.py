@@ -147,7 +147,7 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         rows.append(("size", format_size(before), format_size(after), f"{before / after:.2f}x smaller"))
     elif after:
         rows.append(("size", "", format_size(after), ""))
-    if bits := _get(report, "bytes", "avg_bits"):
+    if bits := _bits(report, after):
         rows.append(("bits per weight", "", f"{bits:.2f}", "everything stored counts"))
     if (damage := _get(report, "measured", "value")) is not None:
         low, high = _get(report, "measured", "low"), _get(report, "measured", "high")
@@ -198,6 +198,13 @@ def _size(report: Mapping[str, Any], when: str) -> float | None:
     if when == "before":
         return _get(report, "model", "dense_bytes")
     return _get(report, "bytes", "file") or _get(report, "bytes", "planned")
+
+
+def _bits(report: Mapping[str, Any], size: float | None) -> float | None:
+    """Of the written file where there is one, else as planned."""
+    if size and _get(report, "bytes", "file") and (count := _get(report, "model", "parameters")):
+        return 8 * size / count
+    return _get(report, "bytes", "avg_bits")
 
 
 def _get(data: Mapping[str, Any], *path: str) -> Any:
