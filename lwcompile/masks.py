@@ -152,11 +152,11 @@ def _hypotheses(value: Tensor, padding: str | None) -> Iterator[MaskRule]:
     open_ = value.reshape(-1, *value.shape[-2:])[0]
     open_ = open_ if open_.dtype == torch.bool else open_ == 0
     last = int(open_[-1].sum())
-    windows = (None,) if last == open_.shape[-1] else (last,)
-    for name in (padding, None) if padding else (None,):
-        for window in windows:
-            yield MaskRule(True, window, name)
-            yield MaskRule(False, window, name)
+    window = None if last == open_.shape[-1] else last
+    names = (padding, None) if padding else (None,)
+    for name in names if last else ():
+        yield MaskRule(False, window, name)  # first: a mask of one row for all queries is not causal
+        yield MaskRule(True, window, name)
 
 
 class Formula:
