@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lwcompile import ops  # noqa: F401  (registers the dequantizing operators before any graph is read)
 from lwcompile.errors import VerificationError
-from lwcompile.serialize import graph_from_json, graph_to_json
+from lwcompile.serialize import graph_from_json, graph_to_json, torch_value
 from lwcompile.store import ParameterStore
 
 aten = torch.ops.aten
@@ -207,7 +207,7 @@ class ModelGraph:
     @classmethod
     def from_json(cls, data: Mapping[str, Any], store: ParameterStore) -> ModelGraph:
         inputs = [
-            Input(i["name"], tuple(i["shape"]), getattr(torch, i["dtype"]), {int(d): s for d, s in i["dynamic"].items()})
+            Input(i["name"], tuple(i["shape"]), torch_value("dtype", i["dtype"]), {int(d): s for d, s in i["dynamic"].items()})
             for i in data["inputs"]
         ]
         graph = cls(graph_from_json(data["nodes"]), dict(data["tensors"]), store, inputs, list(data["outputs"]))

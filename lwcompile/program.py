@@ -101,14 +101,27 @@ class Program:
             raise BadInput(f"{folder} holds no program.json; name a folder that `lwcompile compress` wrote")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise BadInput(f"{path} is not JSON ({error}); write the program again") from error
-        if data.get("format") != FORMAT:
-            raise BadInput(f"{path} has format {data.get('format')}, and this version reads {FORMAT}")
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else None
+            raise BadInput(f"{path} has format {found}, and this version reads {FORMAT}")
         store = ParameterStore.open(folder / "weights.safetensors")
+        try:
+            return cls._from_json(data, store, folder)
+        except BadInput as error:
+            raise BadInput(f"{path}: {error}") from error
+        except Exception as error:  # whatever a file that `save` did not write makes of it
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+            raise BadInput(f"{path} is damaged ({reason}); write the program again") from error
+
+    @classmethod
+    def _from_json(cls, data: dict[str, Any], store: ParameterStore, folder: Path) -> Program:
         missing = {k for e in data["entries"].values() for k in e["tensors"].values()} - set(store.keys())
         if missing:
             raise BadInput(f"{folder / 'weights.safetensors'} lacks {len(missing)} tensors; write the program again")
+        if outside := [name for name in data["assets"] if Path(name).name != name]:
+            raise BadInput(f"it names the file {outside[0]!r}, which is not in its folder")
         entries = {name: ModelGraph.from_json(entry, store) for name, entry in data["entries"].items()}
         assets = tuple(folder / name for name in data["assets"])
         return cls(entries, store, data["task"], data["name"], data["config"], data["license"], assets, tuple(data["remarks"]))

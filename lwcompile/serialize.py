@@ -49,6 +49,8 @@ _SIZE_FUNCTIONS |= {
 }
 _SIZE_NAMES = {function: name for name, function in _SIZE_FUNCTIONS.items()}
 
+_TOUCHES_FILES = ("from_file",)
+
 _TORCH_VALUES: dict[type, str] = {torch.dtype: "dtype", torch.layout: "layout", torch.memory_format: "memory_format"}
 
 
@@ -69,9 +71,12 @@ def resolve_target(name: str) -> Callable[..., Any]:
         raise BadInput(f"the program calls {name!r}, which this version does not know")
     namespace, operation, overload = parts
     try:
-        return getattr(getattr(getattr(torch.ops, namespace), operation), overload)
+        target = getattr(getattr(getattr(torch.ops, namespace), operation), overload)
     except (AttributeError, RuntimeError) as error:
         raise BadInput(f"the program calls {name!r}, which this version of torch does not have") from error
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable or operation in _TOUCHES_FILES:
+        raise BadInput(f"the program calls {name!r}, which is no operator that computes values from values")
+    return target
 
 
 def encode(value: Any) -> Any:
@@ -99,6 +104,8 @@ def decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
         return [decode(v, nodes) for v in value]
     if not isinstance(value, dict):
         return value
+    if len(value) != 1:
+        raise BadInput(f"the program holds a value with {len(value)} kinds, not one; it was written by another version")
     ((tag, content),) = value.items()
     if tag == "node":
         return nodes[content]
@@ -109,8 +116,16 @@ def decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
     if tag == "slice":
         return slice(*(decode(v, nodes) for v in content))
     if tag in _TORCH_VALUES.values():
-        return getattr(torch, content)
+        return torch_value(tag, content)
     raise BadInput(f"the program holds a value of unknown kind {tag!r}; it was written by another version")
+
+
+def torch_value(tag: str, name: str) -> Any:
+    """`torch.<name>`, if that is a dtype, layout or memory format as `tag` says."""
+    value = getattr(torch, name, None)
+    if _TORCH_VALUES.get(type(value)) != tag:
+        raise BadInput(f"the program names {name!r} as a {tag}, which torch does not have")
+    return value
 
 
 def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from lwcompile.errors import BadInput, VerificationError
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor in row-major order, whatever its dtype."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def tensor_key(tensor: Tensor) -> str:
@@ -40,12 +40,16 @@ class _OnDisk:
 
 
 class ParameterStore:
-    """Tensors by content key. Entries are never replaced; one written in place is noticed by `check`."""
+    """Tensors by content key. Entries are never replaced; one written in place is noticed by `check`.
+
+    A tensor on disk is compared with its key when it is first read.
+    """
 
     def __init__(self) -> None:
         self._resident: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}
         self._disk: dict[str, _OnDisk] = {}
+        self._seen: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
         return key in self._resident or key in self._disk
@@ -70,7 +74,12 @@ class ParameterStore:
             return self._resident[key]
         entry = self._disk[key]
         with safe_open(entry.path, framework="pt") as file:
-            return file.get_tensor(entry.name)
+            tensor = file.get_tensor(entry.name)
+        if key not in self._seen:
+            if tensor_key(tensor) != key:
+                raise BadInput(f"{entry.path} is damaged: a tensor {entry.shape} is not the one that was saved; write it again")
+            self._seen.add(key)
+        return tensor
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._resident[key].shape) if key in self._resident else self._disk[key].shape
@@ -109,7 +118,7 @@ class ParameterStore:
         store = cls()
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
+                for name in file.keys():
                     view = file.get_slice(name)
                     store._disk[name] = _OnDisk(path, name, tuple(view.get_shape()), _DTYPES[view.get_dtype()])
         except Exception as error:
