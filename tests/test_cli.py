@@ -169,6 +169,20 @@ def test_flags_that_cannot_be_meant(extra, said, pipeline_calls, capsys):
     assert pipeline_calls == []
 
 
+def test_a_file_that_no_backend_writes_is_refused_first(pipeline_calls, capsys):
+    for name in ("model.xyz", "model"):
+        assert cli.run(["export", name, "--model", "m"]) == 2
+        assert ".onnx" in capsys.readouterr().err
+    assert cli.run(["export", "model.xyz", "--model", "m", "--backend", "onnx"]) == 0
+    assert len(pipeline_calls) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(pipeline_calls, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert cli.run(["compress", str(tmp_path / "file" / "out"), "--model", "m"]) == 2
+    assert "cannot write into" in capsys.readouterr().err and pipeline_calls == []
+
+
 def test_a_missing_device_is_refused(monkeypatch):
     import torch
 

@@ -33,7 +33,7 @@ class Source:
 class Budgets:
     """What it may cost."""
 
-    recipe: Annotated[str, Option(help="A shipped recipe (balanced, best, fast) or a YAML file.")] = "balanced"
+    recipe: Annotated[str, Option(help="The name of a shipped recipe, or a YAML file.")] = "balanced"
     plan: Annotated[Path | None, Option(help="Use this plan (YAML, may be edited by hand) instead of making one.")] = None
     avg_bits: Annotated[
         float | None, Option("--avg-bits", "--bits", help="At most this many bits per weight, everything stored counted.")

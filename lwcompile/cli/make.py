@@ -31,6 +31,7 @@ def export(
     from lwcompile import pipeline
 
     words = settings(budget, data, run)
+    require_backend(path, run.backend)
     program = open_model(source.model)
     if run.dry_run:
         return dry_run(program, words, path.parent, run.json)
@@ -49,6 +50,7 @@ def compress(
     program = open_model(source.model)
     if run.dry_run:
         return dry_run(program, words, folder, run.json)
+    pipeline.require_writable(folder.parent)
     finish(pipeline.compress(program, folder, progress=progress(), **words), run.json)
 
 
@@ -81,6 +83,19 @@ def progress() -> Any:
     from lwcompile.progress import terminal_progress
 
     return terminal_progress(err())
+
+
+def require_backend(path: Path, backend: str | None) -> None:
+    """`BadInput` for a file that no installed backend writes."""
+    from lwcompile.errors import BadInput
+    from lwcompile.pipeline import backend_for
+    from lwcompile.registry import load, plugins
+
+    if backend is not None or backend_for(path) is not None:
+        return
+    known = sorted({suffix for plugin in plugins("backends") for suffix in load("backends", plugin.name).suffixes if suffix})
+    what = f"files named {path.suffix}" if path.suffix else f"a file without a suffix such as {path}"
+    raise BadInput(f"no installed backend writes {what}; name it with one of {', '.join(known)}, or give --backend")
 
 
 def open_model(model: str | None) -> Program:
