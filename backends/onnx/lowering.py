@@ -53,6 +53,8 @@ def operator_name(node: fx.Node) -> str:
     """`add.Tensor` for torch's operators, `size.mul` for arithmetic on sizes."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target).removeprefix("aten.").removesuffix(".default")
+    if node.op != "call_function":
+        return node.op
     return f"size.{getattr(node.target, '__name__', node.target)}"
 
 
@@ -146,11 +148,26 @@ class Lowering:
 
     # --- heads
 
+    def origin(self, node: fx.Node) -> fx.Node:
+        """The tensor behind reshapes and expansions that change nothing."""
+        while operator_name(node) in ("reshape", "expand") and self.dims(node.args[0]) == self.dims(node):
+            node = node.args[0]  # type: ignore[assignment]
+        return node
+
+    def heads_swapped(self, node: fx.Node) -> fx.Node | None:
+        """The tensor of which `node` swaps the second and third of four axes."""
+        node = self.origin(node)
+        name = operator_name(node)
+        swaps = name == "transpose.int" and sorted(node.args[1:]) in ([1, 2], [-3, -2])  # type: ignore[type-var]
+        moves = name == "permute" and list(node.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]
+        return self.origin(node.args[0]) if (swaps or moves) and self.rank(node) == 4 else None  # type: ignore[arg-type]
+
     def merged(self, node: fx.Node) -> ir.Value | None:
         """A tensor [batch, heads, sequence, width] as [batch, sequence, heads * width], if that is what it was made from."""
+        node = self.origin(node)
         if node in self._merged:
             return self._merged[node]
-        if (source := _heads_swapped(node)) is None or self.rank(node) != 4:
+        if (source := self.heads_swapped(node)) is None:
             return None
         batch, heads, sequence, width = self.dims(node)
         if not isinstance(heads, int) or not isinstance(width, int):
@@ -170,7 +187,7 @@ class Lowering:
     def known_flat(self, node: fx.Node) -> ir.Value | None:
         """The value of a reshape that undoes `split_heads`, or None for any other node."""
         source = node.args[0]
-        if not isinstance(source, fx.Node) or (split := _heads_swapped(source)) is None or split not in self._merged:
+        if not isinstance(source, fx.Node) or (split := self.heads_swapped(source)) is None or split not in self._merged:
             return None
         batch, heads, sequence, width = self.dims(split)
         return self._merged[split] if self.dims(node) == (batch, sequence, heads * width) else None  # type: ignore[operator]
@@ -259,10 +276,3 @@ class Lowering:
             return result
         return self.b.cast(result, self.kind(node))
 
-
-def _heads_swapped(node: fx.Node) -> fx.Node | None:
-    """The tensor that a swap of the second and third of four axes reads."""
-    name = operator_name(node) if node.op == "call_function" else ""
-    swaps = name == "transpose.int" and sorted(node.args[1:]) in ([1, 2], [-3, -2])  # type: ignore[type-var]
-    moves = name == "permute" and list(node.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]
-    return node.args[0] if swaps or moves else None  # type: ignore[return-value]

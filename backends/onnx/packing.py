@@ -199,7 +199,9 @@ class _FunctionBody(Builder):
 
 
 def stored_codes(packed: Tensor, storage: Storage) -> Tensor:
-    """Packed codes as the program stores them -> as the file does."""
+    """Packed codes as the program stores them -> as the file does: the same bytes, at 4 and 8 bits without padding."""
+    if storage.format.bits == storage.width and packed.numel() == storage.code_bytes:
+        return packed.reshape(-1)
     codes = unpack_bits(packed, storage.format.bits, storage.in_features)
     codes = torch.nn.functional.pad(codes, (0, storage.columns - storage.in_features))
     return pack_planes(codes, storage.format.bits, storage.width)
