@@ -140,10 +140,10 @@ class Lowering:
             kept = i < len(source) and dim == source[i] and not isinstance(dim, int)
             spec.append(0 if kept else dim if isinstance(dim, int) and dim != 0 else None)
         unknown = [i for i, s in enumerate(spec) if s is None]
-        for i in unknown[:-1]:
-            spec[i] = self.size(dims[i]) if sizes is None or isinstance(sizes[i], int) else sizes[i]
-        if unknown:
-            spec[unknown[-1]] = -1
+        computed = {i: s for i, s in enumerate(sizes or ()) if isinstance(s, Size)}
+        inferred = next((i for i in unknown if i not in computed and dims[i] not in self._symbols), unknown[-1] if unknown else -1)
+        for i in unknown:
+            spec[i] = -1 if i == inferred else computed[i] if i in computed else self.size(dims[i])
         return self.b.op("Reshape", x, self.b.shape([s for s in spec if s is not None]))
 
     # --- heads

@@ -12,6 +12,8 @@ from lwcompile.backends.onnx.lowering import Lowering, lowers, operator_name
 from lwcompile.backends.onnx.quantized import quantized_weight
 from lwcompile.errors import Refused
 
+INT64 = ir.DataType.INT64
+
 
 @lowers("lwcompile.dequantize", nodes=True)
 def dequantize(g: Lowering, node: fx.Node, *args: Any) -> ir.Value:
@@ -58,3 +60,17 @@ def addmm(g: Lowering, node: fx.Node, bias: ir.Value, x: ir.Value, y: ir.Value, 
 @lowers("einsum")
 def einsum(g: Lowering, node: fx.Node, equation: str, parts: Sequence[ir.Value], **kwargs: Any) -> ir.Value:
     return g.b.op("Einsum", *parts, equation=equation)
+
+
+@lowers("transformers.grouped_mm_fallback", "_grouped_mm")
+def grouped_matmul(g: Lowering, node: fx.Node, x: ir.Value, weights: ir.Value, ends: ir.Value, *args: Any, **kwargs: Any) -> ir.Value:
+    """x [T, K], its rows sorted by expert; weights [E, K, N]; ends [E]: expert e has the rows before ends[e].
+
+    Every expert multiplies every row, and each row keeps its own expert's product: right at any routing, at E times the work.
+    """
+    b = g.b
+    rows = b.op("Range", b.point(0), b.point(g.size(g.dims(node.args[0])[0], x, 0)), b.point(1), dtype=INT64)
+    before = b.op("LessOrEqual", b.cast(ends, INT64), b.op("Unsqueeze", rows, b.ints([1])), dtype=ir.DataType.BOOL)
+    expert = b.op("ReduceSum", b.cast(before, INT64), b.ints([1]), keepdims=1)
+    products = b.op("MatMul", b.op("Unsqueeze", x, b.ints([0])), weights)
+    return b.op("GatherND", products, b.op("Concat", expert, b.op("Unsqueeze", rows, b.ints([1])), axis=1))

@@ -11,7 +11,7 @@ from torch import fx
 from lwcompile.backends.onnx.lowering import Lowering, lowers
 from lwcompile.errors import Refused
 
-INT64, BOOL, INT32 = ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.INT32
+INT64, BOOL, INT32, FLOAT = ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.FLOAT
 
 REDUCTIONS = {"sum": "ReduceSum", "mean": "ReduceMean", "amax": "ReduceMax", "amin": "ReduceMin", "prod": "ReduceProd",
               "logsumexp": "ReduceLogSumExp", "max": "ReduceMax", "min": "ReduceMin"}  # fmt: skip
@@ -96,6 +96,19 @@ def cumsum(g: Lowering, node: fx.Node, x: ir.Value, dim: int, **kwargs: Any) -> 
 def softmax(g: Lowering, node: fx.Node, x: ir.Value, dim: int, *args: Any, **kwargs: Any) -> ir.Value:
     kind = "LogSoftmax" if "log" in str(node.target) else "Softmax"
     return g.b.op(kind, g.b.cast(x, g.kind(node)), axis=dim)
+
+
+@lowers("histc")
+def histc(g: Lowering, node: fx.Node, x: ir.Value, bins: int = 100, low: float = 0, high: float = 0) -> ir.Value:
+    """Counts per bin; values outside the range are in none."""
+    if low >= high:
+        raise Refused("histc over a range that depends on the data", site=node.name)
+    b = g.b
+    x = b.cast(x, FLOAT)
+    place = b.op("Floor", b.op("Mul", b.op("Sub", x, b.scalar(float(low), x)), b.scalar(bins / (high - low), x)))
+    place = b.op("Where", b.op("Equal", x, b.scalar(float(high), x), dtype=BOOL), b.scalar(bins - 1.0, x), place, dtype=FLOAT)
+    hits = b.op("Equal", b.op("Unsqueeze", place, b.ints([-1])), b.constant([float(i) for i in range(bins)], FLOAT), dtype=BOOL)
+    return b.op("ReduceSum", b.cast(hits, g.kind(node)), b.ints([0]), keepdims=0)
 
 
 # --- whole norms
