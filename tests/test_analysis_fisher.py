@@ -224,3 +224,11 @@ def test_memory_is_bounded_by_files(tmp_path: Path) -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(BadPlan, match="at least one"):
         Fisher(tokens=0)
+
+
+def test_labels_are_drawn_as_often_as_the_model_says() -> None:
+    p = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    drawn = fisher_module._sample(p.log().expand(20000, 6), torch.Generator().manual_seed(0))
+    counted = torch.bincount(drawn.flatten(), minlength=6) / 20000
+    assert drawn.shape == (20000, 1) and (counted[p == 0] == 0).all()
+    torch.testing.assert_close(counted, p, atol=0.015, rtol=0)

@@ -33,7 +33,7 @@ from torch import Tensor
 from lwcompile.context import Context
 from lwcompile.contract import AnalysisPass, Damage, Score
 from lwcompile.damage import estimate
-from lwcompile.errors import BadPlan, Refused
+from lwcompile.errors import BadPlan
 from lwcompile.executor import Tap
 from lwcompile.passes.analysis._changes import Change, Changes, is_embedding
 from lwcompile.program import Program
@@ -145,7 +145,7 @@ class _Run:
             log_p = self.metric.distribution(self.executor.run(batch, taps=taps), batch)
         self.rows += len(log_p)
         for draw in range(self.options.draws):
-            labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            labels = _sample(log_p.detach(), generator)
             log_p.gather(1, labels).sum().backward(retain_graph=draw + 1 < self.options.draws)
             for job, moved in opened.items():
                 self.moves[job].append(moved)
@@ -194,6 +194,13 @@ class _Run:
         before = fed.args[0].meta.get("val") if fed.target is torch.ops.aten.reshape.default else None  # type: ignore[union-attr]
         rows = step.graph.inputs[0].shape[0]
         return before is not None and before.ndim > 2 and before.shape[0] == rows and value.shape[0] % samples == 0
+
+
+def _sample(log_p: Tensor, generator: torch.Generator) -> Tensor:
+    """One label a row, [rows, 1], by inverting the cumulative distribution: a random number a row instead of one a class."""
+    reached = log_p.double().exp().cumsum(-1)
+    drawn = torch.rand(len(log_p), 1, dtype=torch.float64, device=log_p.device, generator=generator)
+    return torch.searchsorted(reached, drawn * reached[:, -1:], right=True).clamp_max(log_p.shape[1] - 1)
 
 
 def _first(batch: dict[str, Tensor]) -> Tensor:
