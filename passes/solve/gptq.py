@@ -64,7 +64,8 @@ class Gptq(Solver):
             raise BadInput("gptq needs statistics of the weight's inputs: give calibration samples, or use hqq or rtn")
         if stats.features != weight.shape[1]:
             raise BadInput(f"the input statistics have {stats.features} channels, the weight takes {weight.shape[1]}")
-        order, hessian, feedback, pivots = _factors(stats, stats.weight, self.damp, self.channel_damp, self.act_order)
+        factors = _factors(stats, stats.weight, self.damp, self.channel_damp, self.act_order)
+        order, hessian, feedback, pivots = (part.to(weight.device) for part in factors)
         importance = torch.empty_like(pivots)
         importance[order] = pivots
         scale, zero = fit_grid(weight, format, importance, self.steps, self.shrink, self.refits)
