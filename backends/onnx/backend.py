@@ -25,7 +25,7 @@ from lwcompile.backends.onnx.files import Draft, check_model, with_attribute
 from lwcompile.backends.onnx.lowering import TABLE, Lowering, operator_name
 from lwcompile.backends.onnx.packing import Storage
 from lwcompile.backends.onnx.parity import errors
-from lwcompile.backends.onnx.runtime import Runtime
+from lwcompile.backends.onnx.runtime import OnnxStep, Runtime
 from lwcompile.backends.onnx.samples import cases
 from lwcompile.contract import Backend, Parity, StoredTensor
 from lwcompile.errors import LwError, VerificationError
@@ -142,6 +142,10 @@ class Onnx(Backend):
     def run(self, path: Path, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One forward pass of a file; caches that are not given are empty. Outputs by name."""
         return Runtime.of(path).run(inputs)
+
+    def decode_step(self, path: Path) -> OnnxStep:
+        """What advances generation by some tokens; `Refused` if the file holds no decode graph."""
+        return OnnxStep(Runtime.of(path).sessions[-1])
 
     def speed(self, path: Path) -> dict[str, float]:
         """Milliseconds of a forward pass over 128 tokens (or the fixed input), and of one more token behind 128."""

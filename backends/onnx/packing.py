@@ -26,7 +26,7 @@ from torch import Tensor
 from lwcompile.backends.onnx.builder import OPSET, OWN, Builder
 from lwcompile.formats import NumericFormat, unpack_bits
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
+LARGEST_BLOCK = 256
 
 
 def width_of(bits: int) -> int:
@@ -61,12 +61,10 @@ class Storage:
 
     @property
     def block(self) -> int | None:
-        """The runtime's block size; None where no power of two fits the groups."""
-        if self.groups > 1:
-            power = math.gcd(self.format.group(self.in_features), LARGEST_BLOCK)
-            return power if power >= SMALLEST_BLOCK else None
-        sizes = [1 << e for e in range(4, 9)]
-        return min(sizes, key=lambda size: (-(-self.in_features // size) * size, -size))
+        """The runtime's block size: the one that pads rows least, then the largest; None where none divides the groups."""
+        group = self.format.group(self.in_features) if self.groups > 1 else LARGEST_BLOCK
+        sizes = [1 << e for e in range(4, 9) if group % (1 << e) == 0]
+        return min(sizes, key=lambda size: (-(-self.in_features // size) * size, -size), default=None)
 
     @property
     def blocks(self) -> int:

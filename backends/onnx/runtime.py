@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lwcompile.backends.onnx.parity import open_session, run_session
 from lwcompile.backends.onnx.samples import PAST
-from lwcompile.errors import BadInput
+from lwcompile.errors import BadInput, Refused
 
 _DTYPES = {
     "tensor(float)": torch.float32,
@@ -74,6 +75,34 @@ class Runtime:
         if cached:
             found["decode_ms"] = _median(session, _feed(session, 1, tokens), seconds)
         return found
+
+
+class OnnxStep:
+    """A `DecodeStep` (see `lwcompile.generate`) over a file; its cache is the list of past keys and values."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.session = session
+        self.pasts = [i for i in session.get_inputs() if i.name.startswith(PAST)]
+        if not self.pasts:
+            raise Refused("the file has no inputs for cached keys and values, so it cannot continue a sequence")
+        given = [i for i in session.get_inputs() if i not in self.pasts]
+        self.padding = next((i.name for i in given if len(i.shape) > 1 and i.shape[1] == "total"), None)
+        self.positions = next((i.name for i in given if i.name.endswith("position_ids")), None)
+        rest = [i.name for i in given if i.name not in (self.padding, self.positions)]
+        if len(rest) != 1:
+            raise Refused(f"generation does not know how to fill the inputs {', '.join(rest)}")
+        self.tokens = rest[0]
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        if self.padding is None and not attention_mask.all():
+            raise BadInput("this model has no attention mask, so it cannot take padded prompts; generate one at a time")
+        feed = {self.tokens: input_ids.numpy(), self.padding: attention_mask.numpy(), self.positions: position_ids.numpy()}
+        feed |= zip((i.name for i in self.pasts), cache or self._empty(len(input_ids)))
+        outputs = self.session.run(None, {name: value for name, value in feed.items() if name is not None})
+        return torch.from_numpy(outputs[0][:, -1]).float(), outputs[len(outputs) - len(self.pasts) :]
+
+    def _empty(self, batch: int) -> list[np.ndarray]:
+        return [torch.zeros(batch, i.shape[1], 0, i.shape[3], dtype=_DTYPES[i.type]).numpy() for i in self.pasts]
 
 
 @lru_cache(maxsize=2)
