@@ -248,6 +248,14 @@ class Context:
 
         return make("passes", spec)
 
+    def code_of(self, option: Spec) -> list[str]:
+        """Hashes of the code behind an option: its transform's, and its solver's if it names one."""
+        from lwcompile.registry import load
+
+        transform = self.transform(option)
+        solver = getattr(transform, "solver", None)
+        return [code_hash(type(transform)), *([code_hash(load("solvers", solver.name))] if isinstance(solver, Spec) else [])]
+
     def edited(self, program: Program, sites: Iterable[str], options: Iterable[Spec]) -> Program:
         """A copy of the program with these options applied, in order, at each of these sites. `Refused` if one does not apply.
 

@@ -114,10 +114,10 @@ def choose_cuts(executor: Executor, batch: Mapping[str, Tensor], most: int = 64)
         gathers = step.node.target is torch.ops.aten.embedding.default
         work.append(work[-1] + 1 + (0 if gathers else sum(sizes)))
     total = work[-1]
-    middle = [b for b, w in zip(live, work) if 0.02 * total <= w] or live
-    small = [i for i, b in enumerate(live) if b <= 1.1 * min(middle) and work[i] > 0]
     slices = [[i for i in range(len(live)) if k * total / 16 <= work[i] < (k + 1) * total / 16] for k in range(16)]
-    small += [min(s, key=live.__getitem__) for s in slices if s]
+    least = [min(s, key=live.__getitem__) for s in slices if s]
+    usual = sorted(live[i] for i in least)[len(least) // 2]
+    small = [*least, *(i for i, b in enumerate(live) if b <= 1.1 * usual)]
     chosen, gap = [0], total / (most + 1)
     for i in sorted(set(small)):
         if work[i] - work[chosen[-1]] >= gap or (i == max(small) and i > chosen[-1]):

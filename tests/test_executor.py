@@ -190,6 +190,15 @@ def test_a_resumed_run_is_bit_for_bit_a_full_one(edit: str, memory: int, tmp_pat
     assert any(tmp_path.rglob("*.bin")) == (memory == 0)
 
 
+def test_cuts_stand_between_blocks() -> None:
+    program = llama_program(layers=6)
+    cache = PrefixCache(program, [{"input_ids": ids(2, 24)}])
+    ends = {site.end for site in find_structure(program).sites.values() if site.end}
+    before = [cache.executor.steps[cut - 1].key for cut in cache.cuts if cut]
+    assert sum(key in ends for key in before) >= 6 and len(before) <= 20
+    assert len(cache.executor.steps) - cache.cuts[-1] <= 2  # the head alone can be run again
+
+
 def test_files_of_a_cache_go_with_it(tmp_path: Path) -> None:
     cache = PrefixCache(llama_program(), batches(), memory=0, folder=tmp_path)
     assert list(tmp_path.iterdir())

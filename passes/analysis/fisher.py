@@ -65,7 +65,7 @@ class Fisher(AnalysisPass):
         jobs = ctx.offers(program)
         sites = ctx.find_structure(program).of_kind("linear")
         traced = [site for site in sites if site.weight is not None and site.id not in ctx.options]
-        codes = sorted({code_hash(type(ctx.transform(option))) for _, option in jobs})
+        codes = sorted({code for option in {option for _, option in jobs} for code in ctx.code_of(option)})
         codes += [code_hash(load("solvers", self.solver.name))] if self.solver is not None else []
         key = ctx.key(self, program.digest(), *codes, *jobs, *(site.id for site in traced))
         found = ctx.cached(key, lambda: _Run(self, program, ctx, traced).results(jobs))

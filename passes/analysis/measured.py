@@ -25,7 +25,6 @@ from lwcompile.damage import DamageMeter
 from lwcompile.errors import BadPlan, Refused
 from lwcompile.prefix import PrefixCache
 from lwcompile.program import Program
-from lwcompile.rundir import code_hash
 from lwcompile.spec import Spec
 
 
@@ -45,10 +44,10 @@ class Measured(AnalysisPass):
     def run(self, program: Program, ctx: Context) -> Iterator[tuple[str, Spec, Damage]]:
         trial = _Trial(self, program, ctx)
         offers = ctx.offers(program)
-        digest = program.digest()
+        digest, codes = program.digest(), {option: ctx.code_of(option) for option in {option for _, option in offers}}
         with ctx.progress.task(self.name, sum(trial.work(unit) for unit, _ in offers)) as task:
             for unit, option in offers:
-                key = ctx.key(self, digest, *unit, option, code_hash(type(ctx.transform(option))))
+                key = ctx.key(self, digest, *unit, option, *codes[option])
                 found = ctx.cached(key, lambda unit=unit, option=option: trial.measure(unit, option))
                 task.advance(trial.work(unit))
                 if "refused" in found:
