@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
     from lwcompile.sources import Source
 
+TRACERS = ("tracing.py", "canonical.py", "attention.py", "masks.py", "sources.py", "huggingface.py", "graph.py", "serialize.py")
+
 __all__ = ["Result", "Settings", "capture", "compress", "export", "load", "plan", "session"]
 
 
@@ -107,15 +109,22 @@ def capture(
     """
     if isinstance(source, str | Path) and (Path(source) / "program.json").is_file():
         return Program.load(Path(source))
-    from lwcompile.sources import open_source
+    from lwcompile.sources import open_source, origin_of
 
-    opened = open_source(source, example, {k: dict(v) for k, v in dynamic.items()} if dynamic else None)  # type: ignore[arg-type]
-    if not isinstance(source, str | Path):
+    origin = origin_of(source) if isinstance(source, str | Path) else None
+    if origin is None:
+        opened = open_source(source, example, {k: dict(v) for k, v in dynamic.items()} if dynamic else None)  # type: ignore[arg-type]
         return _trace(opened, None)
-    folder = RunDir.default_root().parent / "programs" / content_key(opened.origin, opened.task, versions())
-    if (folder / "program.json").is_file():
-        return Program.load(folder)
-    return _trace(opened, folder)
+    folder = RunDir.default_root().parent / "programs" / content_key(origin, versions(), _tracer_code())
+    if not (folder / "program.json").is_file():
+        return _trace(open_source(source), folder)
+    return Program.load(folder)
+
+
+def _tracer_code() -> str:
+    """A hash of this package's own tracing code, so that an improved one traces again."""
+    here = Path(__file__).parent
+    return content_key(*[(here / name).read_text(encoding="utf-8") for name in TRACERS])
 
 
 def _trace(source: Source, keep: Path | None) -> Program:

@@ -166,7 +166,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lwcompile.plan.os.fsync", full)
+    monkeypatch.setattr("lwcompile.plans.os.fsync", full)
     with pytest.raises(BadInput, match="No space left on device"):
         Plan({"b": (DROP,)}).save(path)
     assert list(Plan.load(path).choices) == ["a"] and [file.name for file in tmp_path.iterdir()] == ["plan.yaml"]
@@ -194,5 +194,5 @@ def test_stated_defaults_do_not_tell_plans_apart(tmp_path: Path) -> None:
 
 
 def test_none_of_this_imports_torch() -> None:
-    code = "import sys, lwcompile.plan, lwcompile.recipe, lwcompile.budget, lwcompile.table; sys.exit('torch' in sys.modules)"
+    code = "import sys, lwcompile.plans, lwcompile.recipe, lwcompile.budget, lwcompile.table; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

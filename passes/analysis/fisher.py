@@ -55,7 +55,7 @@ class Fisher(AnalysisPass):
 
     tokens: int = 16384
     draws: int = 1
-    solver: Spec | None = field(default=Spec("rtn"))
+    solver: Spec | None = field(default=Spec.parse("rtn{steps=6,refits=0}"))
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.draws < 1:
