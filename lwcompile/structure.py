@@ -300,7 +300,8 @@ class _Finder:
             names[base] += 1
             sub = f"{id}.{base}{'' if names[base] == 1 else names[base]}"
             claimed |= sublayer.nodes
-            counted = self._parameters(sublayer.nodes)
+            own_norm = {sublayer.end} if sublayer.post_norm and sublayer.end not in claimed else set()
+            counted = self._parameters(sublayer.nodes | own_norm)
             structure.sites[sub] = Site(
                 sub, sublayer.kind, id, self.entry, _path([sublayer]), sublayer.branch.name,
                 sublayer.skip.name, sublayer.end.name, parameters=counted,
@@ -386,10 +387,16 @@ def _shape(node: object) -> tuple[int, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def _reads_input_and_rows(embedding: fx.Node) -> tuple[bool, int]:
-    """The token embedding reads an input directly (positions are mostly computed), and has the most rows of those."""
-    rows = _shape(embedding.args[0])
-    return getattr(embedding.args[1], "op", "") == "placeholder", rows[0] if rows else 0
+_RESHAPING = (aten.reshape.default, aten._to_copy.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor)
+
+
+def _reads_input_and_rows(embedding: fx.Node) -> tuple[bool, bool, int]:
+    """The token embedding reads `input_ids` where an input is called that, else an input as it is; and has the most rows."""
+    rows, ids = _shape(embedding.args[0]), embedding.args[1]
+    while isinstance(ids, fx.Node) and ids.target in _RESHAPING:
+        ids = ids.args[0]
+    given = isinstance(ids, fx.Node) and ids.op == "placeholder"
+    return given and str(ids.target).endswith("input_ids"), given, rows[0] if rows else 0  # type: ignore[union-attr]
 
 
 def _leaf(node: fx.Node, fallback: str) -> str:
@@ -440,11 +447,14 @@ def _blocks(sublayers: Sequence[Sublayer]) -> list[list[Sublayer]]:
     if all(keys) and len(runs) == len(set(keys)) and not shared_weights and len(runs) < len(sublayers):
         return runs
     blocks: list[list[Sublayer]] = []
+    branches = Counter(s.add for s in sublayers)
     for i, sublayer in enumerate(sublayers):
         parallel = i > 0 and sublayer.add is sublayers[i - 1].add
         mixer = sublayer.kind not in ("mlp", "moe")
         fresh = i == 0 or (mixer and sublayers[i - 1].kind in ("mlp", "moe") and not parallel)
         if not fresh and sublayer.kind in ("mlp", "moe") and not parallel:
             fresh = all(s.kind in ("mlp", "moe") for s in blocks[-1])
+        if i and not parallel:  # an add of several branches is a block of its own
+            fresh = fresh or branches[sublayer.add] > 1 or branches[sublayers[i - 1].add] > 1
         blocks.append([sublayer]) if fresh else blocks[-1].append(sublayer)
     return blocks
