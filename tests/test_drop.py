@@ -36,6 +36,13 @@ class Nothing(nn.Module):
         return zero if self.results == 1 else (zero,) + (None,) * (self.results - 1)
 
 
+class NothingButBias(Nothing):
+    """T5's attentions hand the first block's position bias on, and the blocks after a removed one still need it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)[0], kwargs["position_bias"], None
+
+
 class Same(nn.Module):
     """A post-norm sublayer removed with its norm: what comes in goes out."""
 
@@ -92,7 +99,7 @@ def _set(layer: nn.Module, names: tuple[str, ...], value: nn.Module) -> None:
 
 def remove_attention(name: str, layer: Any) -> None:
     if name == "t5":
-        layer.layer[0].SelfAttention = Nothing(3)
+        layer.layer[0].SelfAttention = NothingButBias(3)
     elif name == "bert":
         layer.attention = Same(2)
     elif name in ("vit", "dinov2"):
