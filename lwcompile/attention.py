@@ -63,7 +63,7 @@ class Attention:
 def find_attentions(graph: ModelGraph) -> list[Attention]:
     """Every attention call, in order. Needs `meta["val"]`. Each distinct mask is evaluated once."""
     reads = value_inputs(graph)
-    streams = _stream_inputs(graph)
+    streams = stream_inputs(graph)
     rules: dict[fx.Node, MaskRule | None] = {}
     found = []
     for node in iterate_calls(graph, SDPA):
@@ -78,7 +78,7 @@ def find_attentions(graph: ModelGraph) -> list[Attention]:
     return found
 
 
-def _stream_inputs(graph: ModelGraph) -> set[str]:
+def stream_inputs(graph: ModelGraph) -> set[str]:
     """Inputs that become hidden states: floating-point ones, and integers that look rows up in a table."""
     found = {i.name for i in graph.inputs if i.dtype.is_floating_point}
     reads = value_inputs(graph)

@@ -18,6 +18,7 @@ from torch import fx
 
 from lwcompile.attention import canonical_masks, fold_grouped_queries
 from lwcompile.graph import ModelGraph, iterate_calls
+from lwcompile.unfused import whole_attentions
 
 aten = torch.ops.aten
 _INT_MAX = 9223372036854775807
@@ -228,6 +229,7 @@ RULES: tuple[Callable[[ModelGraph], None], ...] = (
     whole_linears,
     whole_rms_norms,
     explicit_scales,
+    whole_attentions,
     fold_grouped_queries,
     canonical_masks,
 )

@@ -54,7 +54,9 @@ def derive_decode(graph: ModelGraph, *, check: bool = True) -> ModelGraph:
     decode.propagate()
     attentions = cached_attentions(decode)
     if not attentions:
-        raise Refused("the graph has no self-attention left, so there is nothing to cache")
+        written = any(iterate_calls(decode, aten.softmax.int, aten._softmax.default))
+        reason = "attention is written out in a form that is no single operator" if written else "no self-attention is left"
+        raise Refused(f"the graph cannot be decoded from a cache: {reason}")
     for a in attentions:
         if a.mask is not None and not a.mask.causal:
             raise Refused("attention reads later positions (an encoder); only causal models decode", site=a.node.name)

@@ -29,7 +29,8 @@ from lwcompile.probe import ancestors, evaluate, sizes_at, zeros
 aten = torch.ops.aten
 _DIRECT = 1024  # windows up to this size are probed as they are; longer ones through smaller stand-ins
 _STAND_INS = (5, 8, 13)
-_CLOSED = -1e4  # an additive mask at or below this leaves exactly nothing after softmax in float32
+_LONGEST = 2048  # of a stored mask that is compared whole
+CLOSED = -1e4  # an additive mask at or below this leaves exactly nothing after softmax in float32
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class _Probe:
             return torch.equal(*torch.broadcast_tensors(value, wanted))
         value, wanted = torch.broadcast_tensors(value, wanted)
         rows = wanted.any(-1, keepdim=True).expand_as(wanted)
-        return bool(torch.where(wanted, value == 0, value <= _CLOSED)[rows].all())
+        return bool(torch.where(wanted, value == 0, value <= CLOSED)[rows].all())
 
 
 def recognise(graph: ModelGraph, mask: fx.Node, reads: dict[fx.Node, frozenset[str]]) -> MaskRule | None:
@@ -83,14 +84,15 @@ def recognise(graph: ModelGraph, mask: fx.Node, reads: dict[fx.Node, frozenset[s
 
 
 def _recognise(graph: ModelGraph, mask: fx.Node, padding: str | None) -> MaskRule | None:
-    numbers = _integers(mask)
-    near = max((n for n in numbers if n <= _DIRECT), default=0)
+    numbers, tables = _numbers(mask), _table_sizes(graph, mask)
+    near = max([n for n in numbers if n <= _DIRECT] + tables, default=0)
     far = [n for n in numbers if n > _DIRECT]
-    if len(far) > 1:
+    if len(far) > 1 or near > _LONGEST:
         return None
+    largest = max(24, near if near in tables else near + 9)
     if not far:
-        return _infer(graph, mask, padding, max(24, near + 9), {})
-    rules = [_infer(graph, mask, padding, max(24, near + 9), {far[0]: n}) for n in _STAND_INS]
+        return _infer(graph, mask, padding, largest, {})
+    rules = [_infer(graph, mask, padding, largest, {far[0]: n}) for n in _STAND_INS]
     first = rules[0]
     if first is None or any(rule is None for rule in rules):
         return None
@@ -102,14 +104,27 @@ def _recognise(graph: ModelGraph, mask: fx.Node, padding: str | None) -> MaskRul
     return MaskRule(first.causal, far[0] + offset, first.padding)
 
 
-def _integers(mask: fx.Node) -> set[int]:
-    """Integers that a mask compares or subtracts positions with, such as a window."""
-    arithmetic = ("sub", "add", "rsub", "le", "lt", "ge", "gt", "mul", "div", "floor_divide", "remainder", "__and__")
+def _numbers(mask: fx.Node) -> set[int]:
+    """Numbers that a mask may compare or subtract positions with, such as a window."""
+    values = ("mul", "div", "where", "masked_fill", "full", "scalar_tensor")  # what is written into a mask, not where
     found: set[int] = set()
     for node in ancestors(mask):
-        if node.op == "call_function" and str(node.target).removeprefix("aten.").split(".")[0] in arithmetic:
-            found |= {abs(a) for a in node.args if type(a) is int and 1 < abs(a) < 1 << 40}
+        written = str(node.target).removeprefix("aten.").split(".")[0] in values
+        kinds = (int,) if written else (int, float)
+        found |= {int(abs(a)) for a in node.args if type(a) in kinds and 1 < abs(a) < 1 << 31}  # type: ignore[arg-type,operator]
     return found
+
+
+def _table_sizes(graph: ModelGraph, mask: fx.Node) -> list[int]:
+    """Lengths of the stored tensors a mask reads, and numbers among them: what differs may begin only there."""
+    sizes: list[int] = []
+    for node in (n for n in ancestors(mask) if n.op == "get_attr"):
+        tensor = graph.tensor(str(node.target))
+        if tensor.numel() > 1:
+            sizes.append(max(tensor.shape))
+        elif tensor.numel() and 1 < abs(float(tensor)) < 1 << 31:
+            sizes.append(int(abs(float(tensor))))
+    return sizes
 
 
 def _infer(graph: ModelGraph, mask: fx.Node, padding: str | None, largest: int, constants: dict[int, int]) -> MaskRule | None:

@@ -37,6 +37,19 @@ MODELS: dict[str, tuple[str, dict, int, int | None]] = {
     "falcon": ("Falcon", _WIDTHS, 1, None),
 }
 NAMES = sorted(MODELS)
+_MOE = {**_GROUPED, "num_local_experts": 2, "head_dim": 8}
+# Attention that is written out, with slopes instead of positions, or in chunks; not in `NAMES`.
+OTHERS: dict[str, tuple[str, dict, int, int | None]] = {
+    "gptj": ("GPTJ", {**_GPT2, "rotary_dim": 8}, 4, None),
+    "gpt_neo": (
+        "GPTNeo",
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 5,
+         "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 128},
+        4, 5,
+    ),
+    "mpt": ("Mpt", {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 3, "n_heads": 4}, 4, None),
+    "llama4": ("Llama4", {**_MOE, "num_hidden_layers": 4, "intermediate_size_mlp": 64, "attention_chunk_size": 6}, 2, None),
+}  # fmt: skip
 
 
 @cache
@@ -44,9 +57,9 @@ def build(name: str) -> nn.Module:
     """The model with weights large enough that layers matter, and without an end token."""
     import transformers
 
-    family, options, _, _ = MODELS[name]
+    family, options, _, _ = (MODELS | OTHERS)[name]
     language = f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
-    config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")(**options)
+    config = getattr(transformers, f"{family}TextConfig" if family in ("Gemma3", "Llama4") else f"{family}Config")(**options)
     torch.manual_seed(0)
     model = getattr(transformers, language)(config).eval()
     with torch.no_grad():

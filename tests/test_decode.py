@@ -74,7 +74,7 @@ def OPTIONS(tokens: int) -> dict:
 # --- before and after surgery
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", [*zoo.NAMES, *zoo.OTHERS])
 def test_decoding_equals_prefill_and_the_models_own_generation(name):
     graph = zoo.captured(name)
     assert_decodes(graph, derive_decode(graph), zoo.build(name))
