@@ -35,7 +35,7 @@ def context(options: dict[str, list[Spec]], rows: int = 64, **fields: object) ->
 
 
 def predict(program: Program, ctx: Context, **options: object) -> Predicted:
-    rows = list(Fisher(**options).run(program, ctx))  # type: ignore[arg-type]
+    rows = list(Fisher(**{"solver": None, **options}).run(program, ctx))  # type: ignore[arg-type]
     return {(row[0], row[1]): row[2] for row in rows if len(row) == 3}
 
 
@@ -130,7 +130,7 @@ def test_linears_without_options_get_the_trace_of_their_fisher_information() -> 
     """Against per-label gradients of the module's own weights, weighted by the labels' probabilities."""
     program, model = llama_program(), llama()
     ctx = context({}, rows=1)
-    scores = {row[0]: row[1] for row in Fisher(draws=600).run(program, ctx) if isinstance(row[1], Score)}
+    scores = {row[0]: row[1] for row in Fisher(solver=None, draws=600).run(program, ctx) if isinstance(row[1], Score)}
     assert len(scores) == 22
     weight = model.get_parameter("model.layers.1.self_attn.o_proj.weight")
     log_p = model(input_ids=calibration(1).samples["input_ids"], use_cache=False).logits[0].log_softmax(-1)
@@ -193,15 +193,15 @@ def test_rows_flattened_over_batch_and_positions_still_count_sample_by_sample() 
 def test_the_cheap_solver_takes_the_place_of_the_options_own() -> None:
     dear = Spec.parse("quantize{bits=7,group_size=16,solver=gptq}")
     program, site = llama_program(), "block1.mlp.down_proj"
-    cheap = predict(program, context({site: [dear]}))[site, dear]
-    assert cheap == predict(program, context({site: [SEVEN]}))[site, SEVEN]
+    cheap = predict(program, context({site: [dear]}), solver=Fisher().solver)[site, dear]
+    assert cheap == predict(program, context({site: [SEVEN]}), solver=Fisher().solver)[site, SEVEN]
     assert cheap != predict(program, context({site: [dear]}), solver=None)[site, dear]
 
 
 def test_a_second_run_computes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     options = {"block1.mlp.down_proj": [SEVEN, EIGHT], "final_norm": [SEVEN]}
     ctx = context(options, rundir=RunDir(tmp_path))
-    first = list(Fisher().run(llama_program(), ctx))
+    first = list(Fisher(solver=None).run(llama_program(), ctx))
     (remark,) = ctx.remarks
     assert remark.site == "final_norm" and remark.kind == "refused"
 
@@ -209,9 +209,9 @@ def test_a_second_run_computes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path
         raise AssertionError("computed again")
 
     monkeypatch.setattr(fisher_module, "_Run", fail)
-    assert list(Fisher().run(llama_program(), context(options, rundir=RunDir(tmp_path)))) == first
+    assert list(Fisher(solver=None).run(llama_program(), context(options, rundir=RunDir(tmp_path)))) == first
     with pytest.raises(AssertionError, match="computed again"):
-        list(Fisher(draws=2).run(llama_program(), context(options, rundir=RunDir(tmp_path))))
+        list(Fisher(solver=None, draws=2).run(llama_program(), context(options, rundir=RunDir(tmp_path))))
 
 
 def test_memory_is_bounded_by_files(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_memory_is_bounded_by_files(tmp_path: Path) -> None:
 
 def test_options_are_checked() -> None:
     with pytest.raises(BadPlan, match="at least one"):
-        Fisher(tokens=0)
+        Fisher(solver=None, tokens=0)
 
 
 def test_labels_are_drawn_as_often_as_the_model_says() -> None:

@@ -5,6 +5,7 @@ Exit codes: 0; 2 for what the user can mend (one sentence on stderr); 70 for a f
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -16,6 +17,9 @@ from lwcompile.cli import look, make, plans, plugins, quality
 from lwcompile.cli.failures import Stopped, report_failure
 
 __all__ = ["app", "main"]
+
+# Before torch loads: OpenMP threads that wait by spinning make small operations up to 30 times as dear while a core is busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 ORDER = ["export", "compress", "inspect", "analyze", "plan", "eval", "chat", "report", "runs", "passes", "backends"]
