@@ -128,7 +128,8 @@ def evaluate(
 ) -> dict[str, Estimate]:
     """Damage, argmax agreement and, where logits predict the next token, perplexity of both; each with its interval.
 
-    The three iterables run in step, one batch at a time. Agreement of features is agreement on the nearest neighbour.
+    The three iterables run in step, one batch at a time. Agreement of features is agreement on the nearest neighbour; a user's
+    metric that states no distribution has none.
     """
     meter = DamageMeter(metric, seed)
     losses: dict[str, list[Tensor]] = {"perplexity dense": [], "perplexity": []}
@@ -140,8 +141,9 @@ def evaluate(
             meter.update(p, q, batch)
             if metric.joint:
                 continue
-            equal.append((metric.predictions(p, batch) == metric.predictions(q, batch)).float().cpu())
-            windows["equal"].append(metric.clusters(q, batch).cpu() + at)
+            if metric.predicts:
+                equal.append((metric.predictions(p, batch) == metric.predictions(q, batch)).float().cpu())
+                windows["equal"].append(metric.clusters(q, batch).cpu() + at)
             if predicts_next(q, batch):
                 losses["perplexity dense"].append(next_token_loss(p, batch)[0])
                 values, samples = next_token_loss(q, batch)
@@ -152,7 +154,8 @@ def evaluate(
         equal = [(metric.predictions(p, {}) == metric.predictions(q, {})).float()]
         windows["equal"] = [torch.arange(len(equal[0]))]
     made: dict[str, Estimate] = {"damage": meter.result()}
-    made["agreement"] = estimate(torch.cat(equal), torch.cat(windows["equal"]), "of argmax", seed)
+    if equal:
+        made["agreement"] = estimate(torch.cat(equal), torch.cat(windows["equal"]), "of argmax", seed)
     for name, values in losses.items():
         if values:
             e = estimate(torch.cat(values), torch.cat(windows["loss"]), "nats/token", seed)

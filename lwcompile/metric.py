@@ -40,6 +40,11 @@ class Metric(ABC):
     joint: ClassVar[bool] = False
     """Whether samples are compared with each other, so that batches must be collected first."""
 
+    @property
+    def predicts(self) -> bool:
+        """Whether it knows the model's distribution, which Fisher scores and argmax agreement need."""
+        return True
+
     @abstractmethod
     def compare(self, dense: Outputs, compressed: Outputs, inputs: Inputs) -> Tensor:
         """Damages [n], one for each token (or sample) that counts."""
@@ -216,6 +221,10 @@ class UserMetric(Metric):
         output = main_output(outputs)
         n, batch = len(self._call(output, output, inputs)), len(output)
         return torch.arange(n) // (n // batch) if n % batch == 0 else torch.zeros(n, dtype=torch.int64)
+
+    @property
+    def predicts(self) -> bool:
+        return hasattr(self.function, "distribution")
 
     def distribution(self, outputs: Outputs, inputs: Inputs) -> Tensor:
         made = getattr(self.function, "distribution", None)

@@ -303,3 +303,14 @@ def test_main_output():
     with pytest.raises(BadInput, match="no floating-point"):
         main_output([torch.tensor([1])])
     assert isinstance(Estimate(1, 1, 1, 1, "x"), Estimate)
+
+
+def test_a_users_metric_without_a_distribution_is_evaluated_without_agreement() -> None:
+    def distance(dense: Tensor, compressed: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return (dense - compressed).abs().mean(-1)
+
+    metric = UserMetric("test:distance", distance)
+    dense, compressed = torch.zeros(4, 3), torch.full((4, 3), 0.5)
+    found = evaluate(metric, [dense], [compressed], [{"x": torch.zeros(4, 2)}])
+    assert set(found) == {"damage"}
+    assert found["damage"].mean == 0.5
