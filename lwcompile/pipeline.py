@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from lwcompile.artifact import load, write_artifact
 from lwcompile.budget import Budget
-from lwcompile.tracing import capture_module, from_exported
 from lwcompile.context import Progress, SilentProgress
 from lwcompile.contract import Backend
 from lwcompile.errors import BadInput, Refused
@@ -34,6 +33,7 @@ from lwcompile.session import Session
 from lwcompile.spec import Spec
 from lwcompile.store import ParameterStore
 from lwcompile.table import pareto
+from lwcompile.tracing import capture_module, from_exported
 
 if TYPE_CHECKING:
     from torch import nn
@@ -295,6 +295,7 @@ def _report(run: Session, chosen: Plan, found: Mapping[str, Any]) -> Report:
         curve=pareto(run.table, make("allocators", Spec("greedy")) if allocator is None else allocator, n=12),
         sites=run.structure.sites,
         recipe=run.recipe.canonical(),
+        analyses=run.analysis_reports(chosen),
         measured={"value": damage.mean, "low": damage.low, "high": damage.high, "samples": damage.n},
         evaluation={
             "dense": {"perplexity": rows["perplexity dense"]} if "perplexity dense" in rows else {},
