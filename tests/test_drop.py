@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from lwcompile.tracing import capture_module
 from lwcompile.context import Context
 from lwcompile.errors import Refused
 from lwcompile.manager import Manager, relative_error
 from lwcompile.passes.transform.drop import Drop
 from lwcompile.program import Program
 from lwcompile.structure import find_structure
+from lwcompile.tracing import capture_module
 
 transformers = pytest.importorskip("transformers", reason="the references are transformers' own modules: install lwcompile[hf]")
 
@@ -207,5 +207,5 @@ def test_a_branch_that_is_read_elsewhere_is_refused() -> None:
     graph, _ = capture_module(Peeks(), {"x": torch.randn(2, 8)}, {"x": {0: "batch"}})
     program = Program({"forward": graph}, graph.store)
     site = find_structure(program).sites["block0.mlp"]
-    with pytest.raises(Refused, match="block0.mlp: its output is read by"):
+    with pytest.raises(Refused, match=r"block0\.mlp: its output is read by"):
         Drop().check(graph, site)

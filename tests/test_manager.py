@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from lwcompile.tracing import capture_module
 from lwcompile.context import Context
 from lwcompile.contract import AnalysisPass, Score, TransformPass
 from lwcompile.errors import PluginError, Refused, VerificationError
@@ -19,6 +18,7 @@ from lwcompile.manager import Manager, relative_error
 from lwcompile.program import Program
 from lwcompile.site import Site
 from lwcompile.structure import find_structure
+from lwcompile.tracing import capture_module
 
 aten = torch.ops.aten
 

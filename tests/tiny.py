@@ -7,10 +7,10 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from lwcompile.tracing import capture_module
 from lwcompile.data import CalibrationSet
 from lwcompile.program import Program
 from lwcompile.store import ParameterStore
+from lwcompile.tracing import capture_module
 
 VOCABULARY = 67
 DYNAMIC = {"input_ids": {0: "batch", 1: "sequence"}}

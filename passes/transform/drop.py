@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from lwcompile.context import Context
 from torch import fx
 
+from lwcompile.context import Context
 from lwcompile.contract import TransformPass
 from lwcompile.errors import Refused
 from lwcompile.graph import ModelGraph
