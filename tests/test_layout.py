@@ -114,10 +114,12 @@ def test_the_installed_entry_points_are_the_ones_listed() -> None:
 
 @pytest.mark.parametrize("module", PASS_FILES)
 def test_a_pass_is_one_readable_file(module: str) -> None:
-    path = source_of(module)
-    text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= 200 or "allocate" in module, f"{path} has {text.count(chr(10))} lines"
-    assert text.count("\n") <= 300, f"{path} has {text.count(chr(10))} lines"
+    """At most 200 lines beside what it opens with; searches over whole plans may take more, and no file takes 300."""
+    text = source_of(module).read_text(encoding="utf-8")
+    opening = ast.parse(text).body[0].end_lineno or 0
+    lines = text.count("\n")
+    assert lines - opening <= 200 or ".allocate." in module, f"{module} has {lines - opening} lines"
+    assert lines <= 300, f"{module} has {lines} lines"
 
 
 @pytest.mark.parametrize("plugin", PASSES, ids=lambda p: p.name)
