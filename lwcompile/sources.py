@@ -97,6 +97,15 @@ class Source:
         return tuple(sorted(path for path in folder.iterdir() if path.is_file()))
 
 
+def _name_tokenizer_for_all(path: Path) -> None:
+    """transformers 5 names a class that its earlier releases, and what builds on them, do not know; all know this one."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def open_source(
     ref: str | Path | nn.Module | Source,
     example_kwargs: Mapping[str, Tensor] | None = None,
