@@ -61,17 +61,18 @@ class Attention:
 
 
 def find_attentions(graph: ModelGraph) -> list[Attention]:
-    """Every attention call, in order. Needs `meta["val"]`. Each distinct mask is evaluated once."""
+    """Every attention call with heads, in order. Needs `meta["val"]`. Each distinct mask is evaluated once."""
     reads = value_inputs(graph)
     streams = stream_inputs(graph)
     rules: dict[fx.Node, MaskRule | None] = {}
     found = []
     for node in iterate_calls(graph, SDPA):
-        given = slots(node)
-        query, key, value, mask = (given[name] for name in _SLOTS[:4])
+        query, key, value, mask = (slots(node)[name] for name in _SLOTS[:4])
+        if query.meta["val"].dim() != 4:
+            continue
         if mask is not None and mask not in rules:
             rules[mask] = recognise(graph, mask, reads)
-        rule = MaskRule(bool(given["is_causal"])) if mask is None else rules[mask]
+        rule = MaskRule(bool(slots(node)["is_causal"])) if mask is None else rules[mask]
         own = (reads[query] & streams) <= reads[key]
         q, k, v = (n.meta["val"].shape for n in (query, key, value))
         found.append(Attention(node, query, key, value, q[1], k[1], k[3], v[3], "self" if own else "cross", rule, mask))
@@ -109,7 +110,7 @@ def fold_grouped_queries(graph: ModelGraph) -> None:
     for node in list(iterate_calls(graph, SDPA)):
         given = slots(node)
         heads = given["query"].meta["val"].shape[1]
-        if given["enable_gqa"] or given["key"].meta["val"].shape[1] != heads:
+        if given["enable_gqa"] or given["query"].meta["val"].dim() != 4 or given["key"].meta["val"].shape[1] != heads:
             continue
         for key, key_swapped in _narrower(graph, given["key"], heads):
             count = key.meta["val"].shape[2 if key_swapped else 1]
@@ -200,7 +201,7 @@ def canonical_masks(graph: ModelGraph) -> None:
 
 def _size_nodes(graph: ModelGraph, mask: fx.Node, rule: MaskRule, before: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The nodes of S and T: T from the padding input, S from the first other input that is as long as the mask has rows."""
-    sizes = sizes_at(graph, 3, 37)
+    sizes = sizes_at(graph, 3, 11)
     shape = evaluate(graph, mask, zeros(graph, sizes)).shape
     call, nodes = Formula(graph, before), graph.input_nodes()
     places = [

@@ -89,7 +89,7 @@ def _recognise(graph: ModelGraph, mask: fx.Node, padding: str | None) -> MaskRul
     far = [n for n in numbers if n > _DIRECT]
     if len(far) > 1 or near > _LONGEST:
         return None
-    largest = max(24, near if near in tables else near + 9)
+    largest = near if near in tables else max(24, near + 9)
     if not far:
         return _infer(graph, mask, padding, largest, {})
     rules = [_infer(graph, mask, padding, largest, {far[0]: n}) for n in _STAND_INS]
@@ -137,12 +137,12 @@ def _infer(graph: ModelGraph, mask: fx.Node, padding: str | None, largest: int, 
 def _probes(graph: ModelGraph, mask: fx.Node, padding: str | None, largest: int, constants: dict[int, int]) -> Iterator[_Probe]:
     """The mask at several sizes: first the largest without padding, then all paddings."""
     signs = {sign: value for n, value in constants.items() for sign, value in ((n, value), (-n, -value))}
-    for batch, length in ((1, largest), (3, 12), (3, 7), (2, 5), (1, 6), (1, 1)):
+    for i, (batch, length) in enumerate(((1, largest), (3, 12), (3, 7), (2, 5), (1, 6), (1, 1))):
         feeds = zeros(graph, sizes_at(graph, batch, length))
         given = None
         if padding is not None:
             node = graph.input_nodes()[padding]
-            given = feeds[node] = _padding(feeds[node].shape, first=length == largest).to(feeds[node].dtype)
+            given = feeds[node] = _padding(feeds[node].shape, first=i == 0).to(feeds[node].dtype)
         yield _Probe(evaluate(graph, mask, feeds, signs), given)
 
 

@@ -139,9 +139,11 @@ class Masked(nn.Module):
     def __init__(self, spelling: str, window: int = 4) -> None:
         super().__init__()
         self.embed, self.spelling, self.window = nn.Embedding(50, 16), spelling, window
+        self.register_buffer("table", torch.ones(20, 20, dtype=torch.bool).tril())
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        x = self.embed(input_ids).unsqueeze(1)
+        x = self.embed(input_ids)
+        x = x if self.spelling == "no heads" else x.unsqueeze(1)
         return nn.functional.scaled_dot_product_attention(x, x, x, self.mask(input_ids, attention_mask))
 
     def mask(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -168,6 +170,10 @@ class Masked(nn.Module):
                 return torch.ones(batch, 1, length, length, dtype=torch.bool)
             case "slopes":
                 return (place[None, :] - place[:, None]).float()[None, None] + torch.where(lower, 0.0, lowest)
+            case "short table":
+                return self.table[:length, :length]  # type: ignore[index]
+            case "no heads":
+                return lower
             case "every second":
                 return (lower & ((place[:, None] - place[None, :]) % 2 == 0))[None, None]
             case _:
@@ -193,6 +199,7 @@ def traced(module: nn.Module) -> ModelGraph:
         ("padding", 0, MaskRule(False, None, "attention_mask")),
         ("old padding", 0, MaskRule(False, None, "attention_mask")),
         ("open", 0, MaskRule(False)),
+        ("short table", 0, MaskRule(True)),
         ("slopes", 0, None),
         ("every second", 0, None),
         ("chunks", 0, None),
@@ -211,6 +218,11 @@ def test_masks_are_known_by_what_they_do(spelling, window, rule):
     got = graph.module()(*(inputs[i.name] for i in graph.inputs))[0]
     rows = ((mask == 0) | (mask == 1)).any(-1).expand(3, 1, 9) if rule else torch.ones(3, 1, 9, dtype=torch.bool)
     torch.testing.assert_close(got[rows], wanted[rows], rtol=1e-5, atol=1e-6)
+
+
+def test_attention_without_heads_is_left_alone():
+    graph = traced(Masked("no heads"))
+    assert list(iterate_calls(graph, SDPA)) and not find_attentions(graph)
 
 
 def test_a_mask_without_padding_becomes_the_operators_own_flag():
