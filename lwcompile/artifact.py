@@ -163,7 +163,7 @@ def program_step(program: Program) -> Any:
 
     if "decode" in program.entries:
         return GraphStep(program.entries["decode"])
-    return GraphStep(derive_decode(program.main))
+    return GraphStep(derive_decode(program.main, check=False))  # checked when the program was compressed
 
 
 def generate_with(step: Any, tokenizer: Any, prompt: Any, max_new_tokens: int, on_token: Any = None, **options: Any) -> Any:
@@ -174,12 +174,18 @@ def generate_with(step: Any, tokenizer: Any, prompt: Any, max_new_tokens: int, o
     if tokenizer is None:
         raise BadInput("this model came without a tokenizer; give token ids instead of text")
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    eos = tokenizer.eos_token_id
-    produced = generate(step, ids, max_new_tokens=max_new_tokens, eos=eos, **options)
-    text = tokenizer.decode(produced[0, ids.shape[1] :], skip_special_tokens=True)
-    if on_token is not None:
-        on_token(text)
-    return text
+    shown: list[int] = []
+
+    def show(tokens: Any) -> None:
+        """Hand on what the text gained; a token may end inside a character, which waits for the rest."""
+        before = tokenizer.decode(shown, skip_special_tokens=True)
+        shown.append(int(tokens[0]))
+        after = tokenizer.decode(shown, skip_special_tokens=True)
+        if on_token is not None and not after.endswith("\ufffd"):
+            on_token(after[len(before.rstrip("\ufffd")) :])
+
+    produced = generate(step, ids, max_new_tokens=max_new_tokens, eos=tokenizer.eos_token_id, on_token=show, **options)
+    return tokenizer.decode(produced[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def load(folder: str | Path) -> Artifact:

@@ -177,6 +177,7 @@ def compress(program: Program, path: str | Path | None = None, *, progress: Prog
     result = _compressed(run, wished)
     if path is not None:
         folder = Path(path)
+        with_decode(result.program, run)  # a decode graph that would differ is said now, and not when somebody generates
         with run._timed("writing"):
             _whole(folder, lambda draft: write_artifact(draft, run, result.program, result.plan, None, result.report))
         result.path = folder
