@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from tiny import pair
 
 from lwcompile.context import Context
 from lwcompile.contract import AnalysisPass, Annotation, Damage, Score, Solver, StoredTensor, TransformPass
@@ -66,6 +67,12 @@ def test_drop_keeps_the_contract_on_every_kind_of_model() -> None:
 def test_a_program_of_ones_own() -> None:
     report = check_pass(Drop, programs()["encoder"], ["block1.mlp"])
     assert any(line.startswith("contract on encoder: block1.mlp; damage at most") for line in report)
+
+
+def test_a_program_of_two_entries() -> None:
+    _, _, program = pair()
+    assert "annotations: 9 in all" in check_pass(load("passes", "zd"), program.copy())
+    assert any(line.startswith("contract on pair: decoder.head; damage") for line in check_pass(Scale, program, ["decoder.head"]))
 
 
 def test_an_unknown_site_is_named() -> None:
