@@ -64,6 +64,7 @@ class Row:
     dropped: tuple[str, ...] = ()
     nodes: int = 0
     seconds: float = 0.0
+    fixed: str = ""
     traced: float = float("nan")
     decode: str = ""
     parity: float = float("nan")
@@ -99,7 +100,7 @@ def _steps(member: Member) -> Iterator[Row]:
     program = capture(source)
     row = Row(member.name, seconds=time.perf_counter() - started, nodes=sum(len(g.nodes) for g in program.entries.values()))
     yield row
-    yield (row := replace(row, traced=check_capture(source, program)))
+    yield (row := replace(row, fixed=fixed_sizes(source, program), traced=check_capture(source, program)))
     structure = find_structure(program)
     kinds = Counter(site.kind for site in structure.of_kind(*SUBLAYER_KINDS))
     said = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
@@ -123,8 +124,17 @@ def check_capture(source: Source, program: Program) -> float:
     return max(_traced_error(part, program.entries[name]) for name, part in source.parts.items())
 
 
+def fixed_sizes(source: Source, program: Program) -> str:
+    """The dimensions that were to be free and are not."""
+    fixed: dict[str, None] = {}
+    for name, part in source.parts.items():
+        for item in program.entries[name].inputs:
+            fixed |= dict.fromkeys(s for dim, s in part.dynamic.get(item.name, {}).items() if dim not in item.dynamic)
+    return ", ".join(fixed)
+
+
 def _traced_error(part: Part, graph: ModelGraph) -> float:
-    feed = other_sizes(part)
+    feed = other_sizes(part, graph)
     with torch.no_grad():
         wanted = [leaf for leaf in tree_leaves(part.model(**feed)) if isinstance(leaf, Tensor)]
         got = graph.module()(*inputs_of(graph, feed))
@@ -142,12 +152,13 @@ def _traced_error(part: Part, graph: ModelGraph) -> float:
     return worst
 
 
-def other_sizes(part: Part) -> dict[str, Tensor]:
-    """The example at batch 3 and shorter sequences, its masks padded on the left; odd rows and columns again."""
-    sizes = {"batch": 3, "sequence": 11, "encoder_sequence": 13}
+def other_sizes(part: Part, graph: ModelGraph) -> dict[str, Tensor]:
+    """The example at batch 3 and shorter sequences, its masks padded on the left. Sizes that the graph fixed are kept."""
+    sizes, free = {"batch": 3, "sequence": 11, "encoder_sequence": 13}, {i.name: i.dynamic for i in graph.inputs}
     feed = {}
     for name, value in part.example_kwargs.items():
-        for dim, symbol in part.dynamic.get(name, {}).items():
+        for dim in free.get(name, {}):
+            symbol = part.dynamic[name][dim]
             value = value.index_select(dim, torch.arange(sizes[symbol]) % value.shape[dim])
         if name.endswith("mask"):
             value = value.clone()
@@ -250,6 +261,7 @@ def table(rows: list[Row]) -> str:
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     lines += ["", *_reasons("Refused", {r.name: r.reason for r in rows if r.reason})]
     lines += _reasons("Without a decode graph", {r.name: r.decode for r in rows if r.decode not in ("", "yes")})
+    lines += _reasons("With sizes that the trace fixed", {r.name: r.fixed for r in rows if r.fixed})
     return "\n".join(lines)
 
 

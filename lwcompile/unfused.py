@@ -21,7 +21,7 @@ from lwcompile.masks import CLOSED
 from lwcompile.probe import value_inputs
 
 aten = torch.ops.aten
-_LOWEST = torch.finfo(torch.float32).min
+_LOWEST = torch.finfo(torch.float32).min / 2  # some kernels read the very lowest as a closed mask, and rows of it as zeros
 _Step = tuple[Literal["scale"], float] | tuple[Literal["add"], fx.Node] | tuple[Literal["open", "close"], fx.Node]
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
 
 BY_NAME = {member.name: member for member in MEMBERS}
-SAMPLE = {"Llama": 3, "GPT-NeoX": 3, "BERT": 3, "DINOv2": 3, "CLIP": 6, "T5": 4}
+SAMPLE = {"Llama": 3, "MPT": 3, "BERT": 3, "DINOv2": 3, "CLIP": 6, "T5": 4}
 """A member and its number of blocks, counted by hand: layers of all its towers."""
 
 
@@ -41,7 +41,9 @@ def test_members_are_many_and_the_required_ones_are_among_them():
 
 def test_other_sizes_pad_on_the_left():
     source = open_source(BY_NAME["Llama"].build())
-    feed = zoo.other_sizes(source.parts["forward"])
+    program = capture(source)
+    assert zoo.fixed_sizes(source, program) == ""
+    feed = zoo.other_sizes(source.parts["forward"], program.main)
     assert feed["input_ids"].shape == (3, 11)
     assert feed["attention_mask"][0].tolist() == [0, 0, 0, *[1] * 8] and feed["attention_mask"][1:].all()
 
