@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 import torch
@@ -12,15 +13,15 @@ from lwcompile.graph import ModelGraph, iterate_calls
 from lwcompile.passes.solve.rtn import Rtn
 
 aten = torch.ops.aten
-PLACES = {aten.linear.default: 1, aten.embedding.default: 0}
+PLACES = (aten.linear.default, aten.embedding.default)
 
 
 def pack(graph: ModelGraph, format: NumericFormat) -> dict[str, QuantizedTensor]:
     """Quantize every matrix that linears and embeddings read, tied ones once. By content key, what was made of it."""
     made: dict[str, QuantizedTensor] = {}
     for node in list(iterate_calls(graph, *PLACES)):
-        place = PLACES[node.target]
-        read = node.args[place]
+        place = 1 if node.target is aten.linear.default else 0
+        read: Any = node.args[place]
         if read.op != "get_attr" or graph.tensor(str(read.target)).dim() != 2:
             continue
         name = str(read.target)

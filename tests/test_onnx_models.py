@@ -60,7 +60,7 @@ def test_language_models_keep_their_logits(name: str, tmp_path: Path):
     assert parity.worst < TOLERANCE
     inputs = language_models.batch(3, 13)
     fed = {i.name: inputs[i.name] for i in graph.inputs}
-    got = plain_session(tmp_path / "model.onnx").run(["logits"], {k: v.numpy() for k, v in fed.items()})[0]
+    got = np.asarray(plain_session(tmp_path / "model.onnx").run(["logits"], {k: v.numpy() for k, v in fed.items()})[0])
     with torch.no_grad():
         wanted = language_models.build(name)(**fed, use_cache=False).logits
     rows = inputs["attention_mask"].bool()
@@ -105,14 +105,22 @@ def test_an_encoder_and_a_decoder_become_two_files_that_run_as_one(tmp_path: Pat
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    config = T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    config = T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     model = T5ForConditionalGeneration(config).eval()
     ids = torch.randint(2, 90, (2, 16))
     first = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     source = {0: "batch", 1: "encoder_sequence"}
     encoder_graph, _ = capture_module(model.get_encoder(), first, dict.fromkeys(first, source))
-    second = {"input_ids": ids[:, :9], "encoder_hidden_states": torch.randn(2, 16, 32), "encoder_attention_mask": torch.ones_like(ids)}
-    dynamic = {"input_ids": {0: "batch", 1: "decoder_sequence"}, "encoder_hidden_states": source, "encoder_attention_mask": source}
+    second = {
+        "input_ids": ids[:, :9],
+        "encoder_hidden_states": torch.randn(2, 16, 32),
+        "encoder_attention_mask": torch.ones_like(ids),
+    }
+    dynamic = {
+        "input_ids": {0: "batch", 1: "decoder_sequence"},
+        "encoder_hidden_states": source,
+        "encoder_attention_mask": source,
+    }
     decoder_graph, _ = capture_module(_Decoder(model), second, dynamic, store=encoder_graph.store)
     whole = Program({"encoder": encoder_graph, "decoder": decoder_graph}, encoder_graph.store)
     parity = Onnx().lower(whole, tmp_path / "model.onnx", None)
@@ -120,7 +128,11 @@ def test_an_encoder_and_a_decoder_become_two_files_that_run_as_one(tmp_path: Pat
     assert sorted(f.name for f in tmp_path.iterdir()) == ["decoder_model.onnx", "encoder_model.onnx"]
     mask = torch.ones(3, 7, dtype=torch.int64)
     mask[0, 5:] = 0
-    inputs = {"input_ids": torch.randint(2, 90, (3, 7)), "attention_mask": mask, "decoder_input_ids": torch.randint(2, 90, (3, 4))}
+    inputs = {
+        "input_ids": torch.randint(2, 90, (3, 7)),
+        "attention_mask": mask,
+        "decoder_input_ids": torch.randint(2, 90, (3, 4)),
+    }
     with torch.no_grad():
         wanted = model(**inputs, use_cache=False).logits
     got = next(iter(Onnx().run(tmp_path / "model.onnx", inputs).values()))
@@ -134,7 +146,10 @@ class _Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor) -> Tensor:
         return self.model(
-            encoder_outputs=(encoder_hidden_states,), decoder_input_ids=input_ids, attention_mask=encoder_attention_mask, use_cache=False
+            encoder_outputs=(encoder_hidden_states,),
+            decoder_input_ids=input_ids,
+            attention_mask=encoder_attention_mask,
+            use_cache=False,
         ).logits
 
 

@@ -25,6 +25,7 @@ from lwcompile.backends.onnx.files import Draft, check_model, with_attribute
 from lwcompile.backends.onnx.lowering import TABLE, Lowering, operator_name
 from lwcompile.backends.onnx.packing import Storage
 from lwcompile.backends.onnx.parity import errors
+from lwcompile.backends.onnx.quantized import INT8_ACTIVATIONS
 from lwcompile.backends.onnx.runtime import OnnxStep, Runtime
 from lwcompile.backends.onnx.samples import cases
 from lwcompile.contract import Backend, Parity, StoredTensor
@@ -36,11 +37,10 @@ if TYPE_CHECKING:
     from lwcompile.program import Program
 
 EXACT = 1
-"""The accuracy level that computes in float32; at 4, activations are rounded to int8, which is several times as fast."""
+"""MatMulNBits' accuracy level that computes in float32."""
 
-GRAPH_BYTES_PER_NODE = 230
-WEIGHT_BYTES = 1100
-"""What a packed weight adds to the graph beside its tensors: its name a few times, and the nodes that widen it."""
+NODE_BYTES, WEIGHT_BYTES = 80, 1400
+"""What a node of the graph takes, and what a packed weight adds beside its tensors: names, and the nodes that widen it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Onnx(Backend):
     """onnxruntime on CPU.
 
     Options:
-        activations: what packed products round their inputs to: "int8" (fast) or "float32" (exact; slow at 8 bits).
+        activations: what packed products round their inputs to: "int8" (fast), or "float32" (exact; a third of the speed at up to
+            4 bits, and above that dense products: the speed and memory of the dense model).
         external_data: write weights into a file of their own, which happens anyway where protobuf's 2 GiB end.
         tolerance: the largest error relative to the largest output that parity may show, with float32 activations.
     """
@@ -61,7 +62,7 @@ class Onnx(Backend):
 
     @property
     def accuracy_level(self) -> int:
-        return 4 if self.activations == "int8" else EXACT
+        return INT8_ACTIVATIONS if self.activations == "int8" else EXACT
 
     # --- before it starts
 
@@ -90,7 +91,7 @@ class Onnx(Backend):
         total, seen = 0, set()
         for graph in _entries(program).values():
             keys = set(graph.tensors.values())
-            total += GRAPH_BYTES_PER_NODE * len(graph.graph.nodes) + WEIGHT_BYTES * len(_matrices(graph))
+            total += NODE_BYTES * len(graph.graph.nodes) + WEIGHT_BYTES * len(_matrices(graph))
             total += sum(graph.store.nbytes(key) for key in keys & seen)
             seen |= keys
         return total

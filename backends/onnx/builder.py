@@ -90,7 +90,8 @@ class Builder:
             node = ir.Node(domain, kind, inputs, attributes, num_outputs=outputs, name=name)
             for i, value in enumerate(node.outputs):
                 value.name = name if outputs == 1 else f"{name}.{i}"
-                value.dtype = dtype or (inputs[0].dtype if inputs and inputs[0] is not None else None)
+                if (kind_of := dtype or (inputs[0].dtype if inputs and inputs[0] is not None else None)) is not None:
+                    value.dtype = kind_of
             self.nodes.append(node)
             self._made[key] = tuple(node.outputs)
         return self._made[key]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +87,3 @@ def with_attribute(path: Path, attribute: str, value: int) -> Path:
     other = path.with_name(f"{attribute}-{value}-{path.name}")
     other.write_bytes(model.SerializeToString())
     return other
-
-
-def metadata(program_name: str, extra: Mapping[str, str]) -> dict[str, str]:
-    return {"base_model": program_name, **extra}

@@ -80,7 +80,7 @@ class Lowering:
         for node in self.graph.nodes:
             if node.op == "output":
                 break
-            self.b.prefix = node.name
+            self.b.prefix = "w" if operator_name(node) == "lwcompile.dequantize" else node.name
             if node.op == "placeholder":
                 self.values[node] = self._input(node)
             elif node.op == "call_function" and node not in self.values:
@@ -141,7 +141,9 @@ class Lowering:
             spec.append(0 if kept else dim if isinstance(dim, int) and dim != 0 else None)
         unknown = [i for i, s in enumerate(spec) if s is None]
         computed = {i: s for i, s in enumerate(sizes or ()) if isinstance(s, Size)}
-        inferred = next((i for i in unknown if i not in computed and dims[i] not in self._symbols), unknown[-1] if unknown else -1)
+        inferred = next(
+            (i for i in unknown if i not in computed and dims[i] not in self._symbols), unknown[-1] if unknown else -1
+        )
         for i in unknown:
             spec[i] = -1 if i == inferred else computed[i] if i in computed else self.size(dims[i])
         return self.b.op("Reshape", x, self.b.shape([s for s in spec if s is not None]))
@@ -275,4 +277,3 @@ class Lowering:
         if not isinstance(result, ir.Value) or node not in self.extents.dtypes:
             return result
         return self.b.cast(result, self.kind(node))
-

@@ -3,13 +3,14 @@
 onnxruntime multiplies by 4-bit and 8-bit weights (and 2-bit ones on some processors), in blocks of a power of two. A file can
 hold any width nevertheless, since operators on constants run once, when a session is created:
 
-    codes    b bits -> bit planes of 4, 2 and 1 bits, each packed -> `Unpack` -> w = 4 or 8 bits as MatMulNBits reads them
+    codes    b bits -> a plane of 2 or 4 bits and one of the rest -> `Unpack` -> w = 4 or 8 bits as MatMulNBits reads them
     scales   float16 [N, G] -> Cast to float32 -> repeated where a group spans several blocks
     zeros    integer: packed as the codes are; absent: a constant; float: `quantized` adds a correction
 
-So 3 bits cost 3 bits on file and run at the speed, and in the memory, of 4.
+So 3 bits cost 3 bits on file and run at the speed, and in the memory, of 4. Seven are stored as eight.
 
-Costs: load time (about 3 ms per million weights at widths other than 4 and 8). Refuses nothing: a group size that has no
+Costs: about 3 ms of load time per million weights at widths other than 4 and 8, and for that moment up to 8 bytes of memory
+per weight (4 at up to 4 bits). Refuses nothing: a group size that has no
 power-of-two block of at least 16 is dequantized once, when the session starts (`block` is None).
 """
 
@@ -34,9 +35,15 @@ def width_of(bits: int) -> int:
     return 4 if bits <= 4 else 8
 
 
-def planes(bits: int) -> list[int]:
-    """Widths of the bit planes that `bits` is a sum of, the low bits first."""
-    return [plane for plane in (4, 2, 1) if bits & plane]
+def stored_bits(bits: int) -> int:
+    """The width on file: 7 bits are stored as 8, the others as they are."""
+    return 8 if bits == 7 else bits
+
+
+def planes(bits: int) -> tuple[int, int]:
+    """The widths of the low and the high bit plane of codes that are widened; the high one may be 0."""
+    low = 2 if bits <= 3 else 4
+    return low, bits - low
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,13 @@ class Storage:
         return cls(format, math.prod(shape[:-1]), shape[-1])
 
     @property
+    def bits(self) -> int:
+        """Bits per code on file."""
+        return stored_bits(self.format.bits)
+
+    @property
     def width(self) -> int:
+        """Bits per code in memory."""
         return width_of(self.format.bits)
 
     @property
@@ -91,7 +104,7 @@ class Storage:
 
     @property
     def code_bytes(self) -> int:
-        return packed_bytes(self.rows * self.columns, self.format.bits, self.width)
+        return packed_bytes(self.rows * self.columns, self.bits, self.width)
 
     @property
     def zero_bytes(self) -> int:
@@ -99,7 +112,7 @@ class Storage:
             return 0
         if self.format.zero_point == "float":
             return self.scale_bytes
-        return packed_bytes(self.rows * self.zero_columns, self.format.bits, self.zero_width)
+        return packed_bytes(self.rows * self.zero_columns, self.bits, self.zero_width)
 
     @property
     def zero_width(self) -> int:
@@ -121,26 +134,43 @@ def packed_bytes(count: int, bits: int, width: int) -> int:
     return words * bits * 8 // width
 
 
-def pack_planes(codes: Tensor, bits: int, width: int) -> Tensor:
-    """uint8 codes (any shape, row-major) -> uint8 [packed_bytes]: what `unpack` turns into codes of `width` bits.
+def plane_shapes(count: int, bits: int, width: int) -> list[tuple[int, ...]]:
+    """Shapes of the uint8 tensors that hold `count` codes: [bytes], or a low plane [parts, n] and, if need be, a high one [1, n]."""
+    total = packed_bytes(count, width, width)
+    if bits == width:
+        return [(total,)]
+    low, high = planes(bits)
+    parts = low // high if high else 1
+    n = total * low // width // parts
+    return [(parts, n), (1, n)] if high else [(parts, n)]
 
-    The codes are first laid out as the runtime wants them, low nibble first; then each plane's bits of that byte string are
-    gathered: piece m of the string goes to bits m*plane.. of the plane's bytes.
+
+def pack_planes(codes: Tensor, bits: int, width: int) -> list[Tensor]:
+    """uint8 codes (any shape, row-major) -> the tensors of `plane_shapes`, which `unpack_function` turns into codes of `width` bits.
+
+    The codes are first laid out as the runtime wants them, low nibble first. That byte string is read as [slots, parts, n], and
+    the low plane's bits of slot m go to bits m * low.. of the plane's byte [parts, n], the high plane's of (m, r) likewise to [n].
     """
     flat = codes.reshape(-1)
     flat = torch.nn.functional.pad(flat, (0, packed_bytes(len(flat), width, width) * 8 // width - len(flat)))
     target = flat if width == 8 else flat[0::2] | (flat[1::2] << 4)
     if bits == width:
-        return target.contiguous()
-    parts, shift = [], 0
-    for plane in planes(bits):
-        pieces = (target.reshape(width // plane, -1) >> shift) & _mask(plane, width)
-        packed = torch.zeros_like(pieces[0])
-        for m, piece in enumerate(pieces):
-            packed |= piece << (plane * m)
-        parts.append(packed)
-        shift += plane
-    return torch.cat(parts)
+        return [target.contiguous()]
+    low, high = planes(bits)
+    slots, parts = width // low, low // high if high else 1
+    target = target.reshape(slots, parts, -1)
+    packed = [_gathered(target & _mask(low, width), low)]
+    if high:
+        packed.append(_gathered(((target >> low) & _mask(high, width)).reshape(slots * parts, 1, -1), high))
+    return packed
+
+
+def _gathered(pieces: Tensor, plane: int) -> Tensor:
+    """[slots, ...] -> [...], slot m at bits m * plane."""
+    whole = torch.zeros_like(pieces[0])
+    for m, piece in enumerate(pieces):
+        whole |= piece << (plane * m)
+    return whole
 
 
 def _mask(plane: int, width: int) -> int:
@@ -149,26 +179,27 @@ def _mask(plane: int, width: int) -> int:
 
 
 def unpack_function(bits: int, width: int) -> ir.Function:
-    """`Unpack(packed, shape) -> codes of `width` bits`, the inverse of `pack_planes`."""
+    """`Unpack(plane, [plane,] shape) -> codes of `width` bits`, the inverse of `pack_planes`.
+
+    Broadcast shifts do it in few steps: each makes a copy that the runtime keeps until the session stands.
+    """
     uint8 = ir.DataType.UINT8
-    packed = ir.Value(name="packed", type=ir.TensorType(uint8))
+    first, second = (ir.Value(name=name, type=ir.TensorType(uint8)) for name in ("low", "high"))
     shape = ir.Value(name="shape", type=ir.TensorType(ir.DataType.INT64))
     body = _FunctionBody()
-    widths, shift = planes(bits), 0
-    rows = body.op("Reshape", packed, body.ints([bits, -1]), dtype=uint8)
-    split = body.ops("Split", rows, body.ints(widths), outputs=len(widths), axis=0, dtype=uint8) if len(widths) > 1 else (rows,)
-    whole: ir.Value | None = None
-    for plane, part in zip(widths, split):
-        moves = body.constant([[plane * m] for m in range(width // plane)], uint8)
-        codes = body.op("BitShift", body.op("Reshape", part, body.ints([1, -1])), moves, direction="RIGHT")
-        codes = body.op("BitwiseAnd", codes, body.constant(_mask(plane, width), uint8))
-        if shift:
-            codes = body.op("BitShift", codes, body.constant(shift, uint8), direction="LEFT")
-        codes = body.op("Reshape", codes, body.ints([-1]))
-        whole = codes if whole is None else body.op("BitwiseOr", whole, codes)
-        shift += plane
-    assert whole is not None
-    return body.function(f"Unpack{bits}to{width}", [packed, shape], body.op("Reshape", whole, shape))
+    low, high = planes(bits)
+    slots, parts = width // low, low // high if high else 1
+
+    def spread(plane: ir.Value, moves: list[list[list[int]]], bits: int) -> ir.Value:
+        moved = body.op("BitShift", plane, body.constant(moves, uint8), direction="RIGHT", dtype=uint8)
+        return body.op("BitwiseAnd", moved, body.constant(_mask(bits, width), uint8))
+
+    whole = spread(first, [[[low * m]] for m in range(slots)], low)
+    if high:
+        top = spread(second, [[[high * (m * parts + r)] for r in range(parts)] for m in range(slots)], high)
+        whole = body.op("BitwiseOr", whole, body.op("BitShift", top, body.constant(low, uint8), direction="LEFT"))
+    inputs = [first, second, shape] if high else [first, shape]
+    return body.function(f"Unpack{bits}to{width}", inputs, body.op("Reshape", whole, shape))
 
 
 def nibbles_function() -> ir.Function:
@@ -196,20 +227,20 @@ class _FunctionBody(Builder):
         return ir.Function(OWN, name, graph=graph, attributes=[])
 
 
-def stored_codes(packed: Tensor, storage: Storage) -> Tensor:
+def stored_codes(packed: Tensor, storage: Storage) -> list[Tensor]:
     """Packed codes as the program stores them -> as the file does: the same bytes, at 4 and 8 bits without padding."""
     if storage.format.bits == storage.width and packed.numel() == storage.code_bytes:
-        return packed.reshape(-1)
+        return [packed]
     codes = unpack_bits(packed, storage.format.bits, storage.in_features)
     codes = torch.nn.functional.pad(codes, (0, storage.columns - storage.in_features))
-    return pack_planes(codes, storage.format.bits, storage.width)
+    return pack_planes(codes, storage.bits, storage.width)
 
 
-def stored_zeros(packed: Tensor, storage: Storage) -> Tensor:
+def stored_zeros(packed: Tensor, storage: Storage) -> list[Tensor]:
     """Packed integer zero points as the program stores them -> as the file does."""
     zeros = unpack_bits(packed, storage.format.bits, storage.groups)
     zeros = torch.nn.functional.pad(zeros, (0, storage.zero_columns - storage.groups))
-    return pack_planes(zeros, storage.format.bits, storage.zero_width)
+    return pack_planes(zeros, storage.bits, storage.zero_width)
 
 
 def centre_byte(storage: Storage) -> int:

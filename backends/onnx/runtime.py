@@ -65,7 +65,7 @@ class Runtime:
             elif item.name not in given:
                 raise BadInput(f"the model takes {item.name!r}, which was not given")
         names = [o.name for o in session.get_outputs()]
-        return {n: torch.from_numpy(np.asarray(v)) for n, v in zip(names, run_session(session, given))}
+        return {n: torch.from_numpy(v) for n, v in zip(names, run_session(session, given))}
 
     def speed(self, tokens: int = 128, seconds: float = 1.0) -> dict[str, float]:
         """Medians over about `seconds` each: a pass over `tokens` positions, and one position behind as many cached ones."""
@@ -99,7 +99,7 @@ class OnnxStep:
         feed = {self.tokens: input_ids.numpy(), self.padding: attention_mask.numpy(), self.positions: position_ids.numpy()}
         feed |= zip((i.name for i in self.pasts), cache or self._empty(len(input_ids)))
         outputs = self.session.run(None, {name: value for name, value in feed.items() if name is not None})
-        return torch.from_numpy(outputs[0][:, -1]).float(), outputs[len(outputs) - len(self.pasts) :]
+        return torch.from_numpy(np.asarray(outputs[0])[:, -1]).float(), outputs[len(outputs) - len(self.pasts) :]
 
     def _empty(self, batch: int) -> list[np.ndarray]:
         return [torch.zeros(batch, i.shape[1], 0, i.shape[3], dtype=_DTYPES[i.type]).numpy() for i in self.pasts]

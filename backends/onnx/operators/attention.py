@@ -60,15 +60,16 @@ def _from_flat(
 
 def _joined(g: Lowering, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node] | None:
     """(past key, new key, past value, new value) where both are such a pair, joined along the sequence."""
-    found: list[fx.Node] = []
+    found: list[Any] = []
     for node in (key, value):
-        if node.target is not aten.cat.default or node.args[1:] not in ((2,), (-2,)) or len(node.args[0]) != 2:  # type: ignore[arg-type]
+        parts: Any = node.args[0]
+        if node.target is not aten.cat.default or node.args[1:] not in ((2,), (-2,)) or len(parts) != 2:
             return None
-        past, new = node.args[0]  # type: ignore[misc]
-        if past.op != "placeholder":
+        if parts[0].op != "placeholder":
             return None
-        found += [past, new]
-    return (*found,)  # type: ignore[return-value]
+        found += parts
+    past_key, new_key, past_value, new_value = found
+    return past_key, new_key, past_value, new_value
 
 
 def four(g: Lowering, node: fx.Node) -> ir.Value:

@@ -9,11 +9,11 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from lwcompile.backends.onnx.builder import MICROSOFT, Size, onnx_dtype
+from lwcompile.backends.onnx.builder import Size, onnx_dtype
 from lwcompile.backends.onnx.lowering import Lowering, lowers
 from lwcompile.errors import Refused
 
-FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
+BOOL = ir.DataType.BOOL
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 UNARY = {
@@ -300,6 +300,3 @@ def addcmul(g: Lowering, node: fx.Node, x: ir.Value, a: ir.Value, c: ir.Value, v
 @lowers("lerp.Scalar", "lerp.Tensor")
 def lerp(g: Lowering, node: fx.Node, x: ir.Value, y: ir.Value, weight: Any) -> ir.Value:
     return g.b.op("Add", x, g.b.op("Mul", g.b.op("Sub", y, x), operand(g, weight, g.kind(node))))
-
-
-_ = MICROSOFT, INT64, FLOAT

@@ -8,7 +8,6 @@ from typing import Any
 import onnx_ir as ir
 from torch import fx
 
-from lwcompile.backends.onnx.builder import Size
 from lwcompile.backends.onnx.lowering import Lowering, lowers
 from lwcompile.backends.onnx.operators.elementwise import operand
 from lwcompile.backends.onnx.quantized import quantized_weight
@@ -178,8 +177,6 @@ def one_hot(g: Lowering, node: fx.Node, x: ir.Value, classes: int = -1) -> ir.Va
 def bucketize(g: Lowering, node: fx.Node, x: ir.Value, edges: ir.Value, out_int32: bool = False, right: bool = False) -> ir.Value:
     """The number of edges below each value."""
     b = g.b
-    below = b.op("LessOrEqual" if right else "Less", edges, b.op("Unsqueeze", b.cast(x, edges.dtype), b.ints([-1])), dtype=BOOL)
+    values = b.op("Unsqueeze", b.cast(x, g.kind(node.args[1])), b.ints([-1]))
+    below = b.op("LessOrEqual" if right else "Less", edges, values, dtype=BOOL)
     return b.op("ReduceSum", b.cast(below, INT64), b.ints([-1]), keepdims=0)
-
-
-_ = Size

@@ -32,10 +32,8 @@ def linear(g: Lowering, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Nod
         value = g.quantized.linear(packed, source, offset, g.rank(x))
         if value is not None:
             return value
-    if weight.op == "get_attr" and g.rank(weight) == 2:
-        matrix = g.transposed(weight)
-    else:
-        matrix = g.b.op("Transpose", g.value(weight), perm=[1, 0])
+    stored = weight.op == "get_attr" and g.rank(weight) == 2
+    matrix = g.transposed(weight) if stored else g.b.op("Transpose", g.value(weight), perm=[1, 0])
     value = g.b.op("MatMul", source, matrix)
     return value if offset is None else g.b.op("Add", value, offset)
 
@@ -63,7 +61,9 @@ def einsum(g: Lowering, node: fx.Node, equation: str, parts: Sequence[ir.Value],
 
 
 @lowers("transformers.grouped_mm_fallback", "_grouped_mm")
-def grouped_matmul(g: Lowering, node: fx.Node, x: ir.Value, weights: ir.Value, ends: ir.Value, *args: Any, **kwargs: Any) -> ir.Value:
+def grouped_matmul(
+    g: Lowering, node: fx.Node, x: ir.Value, weights: ir.Value, ends: ir.Value, *args: Any, **kwargs: Any
+) -> ir.Value:
     """x [T, K], its rows sorted by expert; weights [E, K, N]; ends [E]: expert e has the rows before ends[e].
 
     Every expert multiplies every row, and each row keeps its own expert's product: right at any routing, at E times the work.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,12 +65,10 @@ def variance(g: Lowering, node: fx.Node, x: ir.Value, dims: Any = None, *args: A
     off = b.op("Sub", x, mean)
     spread = b.op("ReduceMean", b.op("Mul", off, off), b.ints(over), keepdims=int(keepdim))
     if correction:
-        sizes = [g.dims(source)[d] for d in over]
-        if not all(isinstance(s, int) for s in sizes):
+        sizes = [s for d in over if isinstance(s := g.dims(source)[d], int)]
+        if len(sizes) != len(over):
             raise Refused("the variance over a free size with Bessel's correction", site=node.name)
-        count = 1
-        for size in sizes:
-            count *= size  # type: ignore[operator]
+        count = math.prod(sizes)
         spread = b.op("Mul", spread, b.scalar(count / (count - correction), spread))
     if "std" in str(node.target):
         return b.op("Sqrt", spread)

@@ -18,7 +18,7 @@ from torch import fx
 from lwcompile.backends.onnx.lowering import Lowering, fuses
 
 aten = torch.ops.aten
-_POINTWISE = (aten.cos.default, aten.sin.default, aten.mul.Tensor, aten._to_copy.default, aten.unsqueeze.default)
+_POINTWISE = (aten.cos.default, aten.sin.default, aten.mul.Tensor, aten._to_copy.default)
 
 
 class Rotation(NamedTuple):
@@ -48,16 +48,17 @@ def partial_rotary(g: Lowering, node: fx.Node) -> ir.Value | None:
     tail = _slice(g, rest)
     if head is None or tail is None or head[0] is not tail[0] or head[1:] != (0, width) or tail[1:] != (width, g.dims(node)[-1]):
         return None
-    return apply_rotation(g, node, turned._replace(x=head[0]), int(width))  # type: ignore[arg-type]
+    return apply_rotation(g, node, turned._replace(x=head[0]), tail[1])
 
 
 def rotation(g: Lowering, node: fx.Node) -> Rotation | None:
     """The rotation that an addition completes, or None."""
-    for straight, crossed in (node.args[:2], node.args[1::-1]):
+    pairs: Any = (node.args[:2], node.args[1::-1])
+    for straight, crossed in pairs:
         if not _is_product(straight) or not _is_product(crossed):
             continue
-        for x, cos in (straight.args[:2], straight.args[1::-1]):  # type: ignore[union-attr]
-            for half, sin in (crossed.args[:2], crossed.args[1::-1]):  # type: ignore[union-attr]
+        for x, cos in (straight.args[:2], straight.args[1::-1]):
+            for half, sin in (crossed.args[:2], crossed.args[1::-1]):
                 if _swapped_half(g, half, x) and (c := _table(g, cos, x)) is not None and (s := _table(g, sin, x)) is not None:
                     return Rotation(x, c, s)
     return None
@@ -86,10 +87,11 @@ def _swapped_half(g: Lowering, node: object, x: object) -> bool:
     """Whether `node` is cat(-x[..., d/2:], x[..., :d/2])."""
     if not isinstance(node, fx.Node) or node.target is not aten.cat.default or not isinstance(x, fx.Node) or g.rank(x) != 4:
         return False
-    width, parts = g.dims(x)[-1], node.args[0]
-    if node.args[1:] not in ((-1,), (3,)) or len(parts) != 2 or not isinstance(width, int) or width % 2:  # type: ignore[arg-type]
+    parts: Any = node.args[0]
+    width = g.dims(x)[-1]
+    if node.args[1:] not in ((-1,), (3,)) or len(parts) != 2 or not isinstance(width, int) or width % 2:
         return False
-    negated, plain = parts  # type: ignore[misc]
+    negated, plain = parts
     if negated.target is not aten.neg.default:
         return False
     return _slice(g, negated.args[0]) == (x, width // 2, width) and _slice(g, plain) == (x, 0, width // 2)
@@ -99,16 +101,17 @@ def _table(g: Lowering, node: object, x: fx.Node) -> fx.Node | None:
     """The [batch, sequence, d] table behind one that was unsqueezed for heads, if its halves are equal by construction."""
     if not isinstance(node, fx.Node) or node.target is not aten.unsqueeze.default or node.args[1] != 1:
         return None
-    table, wanted = node.args[0], g.dims(x)
+    table: Any = node.args[0]
+    wanted = g.dims(x)
     if g.dims(table) != (wanted[0], wanted[2], wanted[3]):
         return None
     current = table
-    while isinstance(current, fx.Node) and current.target in _POINTWISE:
+    while current.target in _POINTWISE and len(current.all_input_nodes) == 1:
         current = current.args[0]
-    if not isinstance(current, fx.Node) or current.target is not aten.cat.default or current.args[1:] not in ((-1,), (2,)):
+    if current.target is not aten.cat.default or current.args[1:] not in ((-1,), (2,)):
         return None
     halves = current.args[0]
-    return table if len(halves) == 2 and halves[0] is halves[1] else None  # type: ignore[arg-type,return-value]
+    return table if len(halves) == 2 and halves[0] is halves[1] else None
 
 
 def apply_rotation(g: Lowering, node: fx.Node, turned: Rotation, width: int) -> ir.Value:
@@ -116,7 +119,7 @@ def apply_rotation(g: Lowering, node: fx.Node, turned: Rotation, width: int) -> 
     tables: list[Any] = [
         b.op("Slice", g.value(t), b.ints([0]), b.ints([half]), b.ints([-1]), b.ints([1])) for t in (turned.cos, turned.sin)
     ]
-    settings = {"rotary_embedding_dim": width} if width else {}
+    settings: dict[str, Any] = {"rotary_embedding_dim": width} if width else {}
     heads, merged = g.dims(turned.x)[1], g.merged(turned.x)
     if merged is None or not isinstance(heads, int):
         return b.op("RotaryEmbedding", g.value(turned.x), *tables, **settings)

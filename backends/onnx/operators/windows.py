@@ -137,21 +137,18 @@ def upsample(g: Lowering, node: fx.Node, x: ir.Value, target: Any, *args: Any) -
     b, name = g.b, str(node.target)
     mode = "nearest" if "nearest" in name else "cubic" if "bicubic" in name else "linear"
     align = bool(args[0]) if mode != "nearest" else False
-    factors = args[-1] if args else None
-    where = (
-        "align_corners"
-        if align
-        else "asymmetric"
-        if mode == "nearest"
-        else "half_pixel"
-        if mode == "cubic"
-        else "pytorch_half_pixel"
-    )
-    settings: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": where, "cubic_coeff_a": -0.75}
-    settings |= {"antialias": 1} if "_aa" in name else {}
+    grids = {"nearest": "asymmetric", "cubic": "half_pixel", "linear": "pytorch_half_pixel"}
+    where = "align_corners" if align else grids[mode]
+    antialias = "_aa" in name
+    settings: dict[str, Any] = {
+        "mode": mode,
+        "coordinate_transformation_mode": where,
+        "cubic_coeff_a": -0.5 if antialias else -0.75,
+    }
+    settings |= {"antialias": 1} if antialias else {}
     settings |= {"nearest_mode": "floor"} if mode == "nearest" else {}
     if target is None:
-        scales = b.constant([1.0, 1.0, *(float(f) for f in factors)], ir.DataType.FLOAT)
+        scales = b.constant([1.0, 1.0, *(float(f) for f in args[-1])], ir.DataType.FLOAT)
         return b.op("Resize", x, None, scales, **settings)
     front = b.op("Shape", x, start=0, end=2, dtype=INT64)
     return b.op("Resize", x, None, None, b.op("Concat", front, b.shape(list(target)), axis=0), **settings)
