@@ -64,7 +64,7 @@ class Row:
     dropped: tuple[str, ...] = ()
     nodes: int = 0
     seconds: float = 0.0
-    fixed: str = ""
+    remarks: tuple[str, ...] = ()
     traced: float = float("nan")
     decode: str = ""
     parity: float = float("nan")
@@ -98,9 +98,10 @@ def _steps(member: Member) -> Iterator[Row]:
     started = time.perf_counter()
     source = open_source(member.build())
     program = capture(source)
-    row = Row(member.name, seconds=time.perf_counter() - started, nodes=sum(len(g.nodes) for g in program.entries.values()))
+    seconds, nodes = time.perf_counter() - started, sum(len(graph.nodes) for graph in program.entries.values())
+    row = Row(member.name, seconds=seconds, nodes=nodes, remarks=program.remarks)
     yield row
-    yield (row := replace(row, fixed=fixed_sizes(source, program), traced=check_capture(source, program)))
+    yield (row := replace(row, traced=check_capture(source, program)))
     structure = find_structure(program)
     kinds = Counter(site.kind for site in structure.of_kind(*SUBLAYER_KINDS))
     said = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
@@ -122,15 +123,6 @@ def _steps(member: Member) -> Iterator[Row]:
 def check_capture(source: Source, program: Program) -> float:
     """The largest error of a captured graph relative to its module, at other sizes and with left padding."""
     return max(_traced_error(part, program.entries[name]) for name, part in source.parts.items())
-
-
-def fixed_sizes(source: Source, program: Program) -> str:
-    """The dimensions that were to be free and are not."""
-    fixed: dict[str, None] = {}
-    for name, part in source.parts.items():
-        for item in program.entries[name].inputs:
-            fixed |= dict.fromkeys(s for dim, s in part.dynamic.get(item.name, {}).items() if dim not in item.dynamic)
-    return ", ".join(fixed)
 
 
 def _traced_error(part: Part, graph: ModelGraph) -> float:
@@ -261,7 +253,7 @@ def table(rows: list[Row]) -> str:
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     lines += ["", *_reasons("Refused", {r.name: r.reason for r in rows if r.reason})]
     lines += _reasons("Without a decode graph", {r.name: r.decode for r in rows if r.decode not in ("", "yes")})
-    lines += _reasons("With sizes that the trace fixed", {r.name: r.fixed for r in rows if r.fixed})
+    lines += _reasons("Remarks of the trace", {r.name: "; ".join(r.remarks) for r in rows if r.remarks})
     return "\n".join(lines)
 
 

@@ -97,8 +97,8 @@ def reshape_views(graph: ModelGraph) -> None:
 
 def fold_constants(graph: ModelGraph, limit: int = 1 << 22) -> None:
     """Evaluate calls that read only stored floating-point tensors, up to `limit` numbers."""
-    foldable = (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.exp.default, aten.neg.default, aten._to_copy.default)
-    for node in iterate_calls(graph, *foldable):
+    plain = (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.exp.default, aten.neg.default, aten._to_copy.default)
+    for node in iterate_calls(graph, *plain, aten._weight_norm.default):
         sources = node.all_input_nodes
         value = _val(node)
         if not sources or value is None or value.numel() > limit or any(s.op != "get_attr" for s in sources):

@@ -47,7 +47,15 @@ def capture_module(
     model = model.eval()
     exported, remarks = _export(model, dict(example), dynamic or {})
     graph = from_exported(exported, store, dynamic or {})
+    if fixed := _fixed(graph, dynamic or {}):
+        remarks = [f"the trace depends on the example's {', '.join(fixed)}, which cannot change"]
     return graph, remarks
+
+
+def _fixed(graph: ModelGraph, dynamic: Dynamic) -> list[str]:
+    """The sizes that were to be free and are not."""
+    wished = ((i, dim, symbol) for i in graph.inputs for dim, symbol in dynamic.get(i.name, {}).items())
+    return sorted({symbol for i, dim, symbol in wished if dim not in i.dynamic})
 
 
 def _export(model: nn.Module, example: dict[str, Any], dynamic: Dynamic) -> tuple[ExportedProgram, list[str]]:
@@ -157,11 +165,12 @@ def _stored(exported: ExportedProgram, target: str) -> Any:
 
 
 def _input(node: fx.Node, dynamic: Dynamic) -> Input:
-    """The example's sizes; a dimension is free where the trace kept a symbol for it."""
+    """The example's sizes; a dimension is free where the trace kept a symbol for it. A symbol may have become a number."""
     value = node.meta["val"]
     sizes = tuple(int(s.node.hint) if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
     wished = dynamic.get(node.name, {})
-    free = {d: wished.get(d, str(s.node.expr)) for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt)}
+    symbols = {d: s for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt) and s.node.maybe_as_int() is None}
+    free = {d: wished.get(d, str(s.node.expr)) for d, s in symbols.items()}
     return Input(node.name, sizes, value.dtype, free)
 
 

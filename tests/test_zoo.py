@@ -42,10 +42,34 @@ def test_members_are_many_and_the_required_ones_are_among_them():
 def test_other_sizes_pad_on_the_left():
     source = open_source(BY_NAME["Llama"].build())
     program = capture(source)
-    assert zoo.fixed_sizes(source, program) == ""
+    assert program.remarks == ()
     feed = zoo.other_sizes(source.parts["forward"], program.main)
     assert feed["input_ids"].shape == (3, 11)
     assert feed["attention_mask"][0].tolist() == [0, 0, 0, *[1] * 8] and feed["attention_mask"][1:].all()
+
+
+class _Loop(torch.nn.Module):
+    """A recurrence that Python unrolls, so that its trace holds for one length only; and a weight that is made of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = torch.zeros_like(x[:, 0])
+        for i in range(x.shape[1]):
+            state = torch.tanh(self.linear(x[:, i] + state))
+        return state
+
+
+def test_a_size_that_the_trace_fixed_is_kept_and_remarked():
+    source = open_source(_Loop(), {"x": torch.randn(2, 5, 4)}, {"x": {0: "batch", 1: "sequence"}})
+    program = capture(source)
+    assert program.main.inputs[0].dynamic == {0: "batch"}
+    assert program.remarks == ("forward: the trace depends on the example's sequence, which cannot change",)
+    assert zoo.other_sizes(source.parts["forward"], program.main)["x"].shape == (3, 5, 4)
+    assert zoo.check_capture(source, program) <= zoo.CAPTURE_TOLERANCE
+    assert not any("weight_norm" in str(node.target) for node in program.main.nodes)
 
 
 def test_a_graph_that_is_not_its_module_is_found():
