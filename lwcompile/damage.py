@@ -1,6 +1,6 @@
 """Damage with its interval: the mean over tokens, and how far chance could have moved it.
 
-`DamageMeter` turns batches into one `Damage`; `evaluate` adds argmax agreement and, for language models, perplexity.
+`DamageMeter` turns batches into one `Estimate`; `evaluate` adds argmax agreement and, for language models, perplexity.
 Intervals are bootstrapped over whole windows, because the tokens of one window are not independent.
 """
 
@@ -48,13 +48,7 @@ class Estimate:
         return cls(**row)
 
 
-class Damage(Estimate):
-    """Measured harm in the metric's unit; 0 for the dense model, more is worse. Infinite where outputs are not finite."""
-
-
-def estimate(
-    values: Tensor, clusters: Tensor | None = None, unit: str = "", seed: int = 0, kind: type[Estimate] = Estimate
-) -> Estimate:
+def estimate(values: Tensor, clusters: Tensor | None = None, unit: str = "", seed: int = 0) -> Estimate:
     """The mean of `values` [n] and its 95 % interval: 2,000 bootstrap resamples of whole clusters, seeded.
 
     Tokens of one window are not independent, so windows are drawn, each with all its tokens. For few windows the
@@ -64,7 +58,7 @@ def estimate(
     if x.size == 0:
         raise BadInput("nothing was measured: the evaluation set masks every token")
     if not np.isfinite(x).all():
-        return kind(math.inf, math.inf, math.inf, x.size, unit)
+        return Estimate(math.inf, math.inf, math.inf, x.size, unit)
     labels = np.arange(x.size) if clusters is None else clusters.cpu().numpy()
     _, index = np.unique(labels, return_inverse=True)
     if index.max() == 0:  # one window: its tokens are all there is to draw from
@@ -72,7 +66,7 @@ def estimate(
     sums, counts = np.bincount(index, x), np.bincount(index)
     c, mean = len(sums), float(x.mean())
     if c == 1:
-        return kind(mean, mean, mean, x.size, unit, 1)
+        return Estimate(mean, mean, mean, x.size, unit, 1)
     generator = np.random.default_rng(seed)
     means = np.empty(2000)
     step = max(1, CHUNK // c)
@@ -81,11 +75,11 @@ def estimate(
         means[start : start + step] = (drawn @ sums) / (drawn @ counts)
     widen = stats.t.ppf(0.975, c - 1) / stats.norm.ppf(0.975) * math.sqrt(c / (c - 1))
     low, high = (mean + widen * (q - mean) for q in np.percentile(means, [2.5, 97.5]))
-    return kind(mean, max(float(low), float((sums / counts).min())), float(high), x.size, unit, c)
+    return Estimate(mean, max(float(low), float((sums / counts).min())), float(high), x.size, unit, c)
 
 
 class DamageMeter:
-    """One `Damage` from many batches. A joint metric sees all samples at once, so the batch size never matters."""
+    """One damage from many batches. A joint metric sees all samples at once, so the batch size never matters."""
 
     def __init__(self, metric: Metric, seed: int = 0) -> None:
         self.metric, self.seed = metric, seed
@@ -106,11 +100,10 @@ class DamageMeter:
     def _keep(self, outputs: Outputs, inputs: Inputs) -> Tensor:
         return self.metric.keep(outputs, inputs, torch.float32).cpu()
 
-    def result(self) -> Damage:
+    def result(self) -> Estimate:
+        """The damage: 0 for the dense model, more is worse, infinite where outputs are not finite."""
         values, clusters = self.values()
-        damage = estimate(values, clusters, self.metric.unit, self.seed, Damage)
-        assert isinstance(damage, Damage)
-        return damage
+        return estimate(values, clusters, self.metric.unit, self.seed)
 
     def values(self) -> tuple[Tensor, Tensor]:
         """All damages [n] and the sample that each belongs to [n]."""

@@ -143,6 +143,11 @@ class Executor:
             self._held[token], self._held_bytes = value, self._held_bytes + size
         return value
 
+    def release(self) -> None:
+        """Let go of the constants held. Graphs are cyclic, so without this they wait for the garbage collector."""
+        self._held.clear()
+        self._held_bytes = 0
+
     def signature(self, step: Step) -> Any:
         """What a step computes and from what: equal in two programs only where the values are equal."""
         args = fx.map_arg((step.node.args, step.node.kwargs), self._signature)

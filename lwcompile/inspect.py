@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from torch import fx
 
     from lwcompile.program import Program
-    from lwcompile.structure import Stream, Structure, Sublayer
+    from lwcompile.residual import Sublayer
+    from lwcompile.structure import Stream, Structure
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _sources(block: Sequence[Sublayer]) -> list[fx.Node]:
 
 def _norm_of(sub: Sublayer, source: fx.Node) -> str:
     """Where the norms of a branch stand."""
-    from lwcompile.structure import NORMS
+    from lwcompile.residual import NORMS
 
     before = any(node.target in NORMS and node.args[0] is source for node in sub.nodes)
     after = sub.post_norm or sub.branch.target in NORMS

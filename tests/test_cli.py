@@ -47,7 +47,7 @@ def test_help_of_every_command_imports_nothing_heavy():
     code = """
 import sys, io, contextlib
 from lwcompile import cli
-heavy = {"torch", "numpy", "transformers", "scipy", "onnx", "onnxruntime", "networkx", "psutil"}
+heavy = {"torch", "numpy", "transformers", "scipy", "onnx", "onnxruntime", "psutil"}
 for command in ["", *sys.argv[1:]]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):

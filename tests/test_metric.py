@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lwcompile import metric as metrics
-from lwcompile.damage import Damage, DamageMeter, Estimate, estimate, evaluate, next_token_loss
+from lwcompile.damage import DamageMeter, Estimate, estimate, evaluate, next_token_loss
 from lwcompile.dense import DenseOutputs
 from lwcompile.errors import BadInput, BadPlan, PluginError
 from lwcompile.metric import FeatureKl, Kl, UserMetric, default_metric, load_metric, main_output
@@ -154,7 +154,7 @@ def test_feature_kl_needs_three_samples():
 def test_damage_does_not_depend_on_the_batch_size(metric):
     dense, compressed = random_pair(12, 6, 8)
 
-    def measured(size: int) -> Damage:
+    def measured(size: int) -> Estimate:
         meter = DamageMeter(metric)
         for start in range(0, 12, size):
             meter.update(dense[start : start + size], compressed[start : start + size], {})
@@ -197,8 +197,8 @@ def test_outputs_that_are_not_finite_are_infinite_damage():
 
 
 def test_estimates_survive_json():
-    one = Damage(0.5, 0.4, 0.6, 100, "nats/token", 4)
-    assert Damage.from_json(one.to_json()) == one and isinstance(Damage.from_json(one.to_json()), Damage)
+    one = Estimate(0.5, 0.4, 0.6, 100, "nats/token", 4)
+    assert Estimate.from_json(one.to_json()) == one
     assert "0.5 nats/token" in str(one) and one.spread == pytest.approx(0.1 / 1.96)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,8 @@ class Changes:
                 self._note(job, unit, option, edited, transform.silences)
             except Refused as refusal:
                 refused[job] = refusal.reason
+        edited.release()
+        gc.collect()  # the copy's graphs are cyclic, and its packed weights large
         return refused
 
     def _note(self, job: int, unit: Sequence[str], option: Spec, edited: Executor, removes: bool) -> None:

@@ -21,8 +21,8 @@ from lwcompile.context import Context
 from lwcompile.contract import TransformPass
 from lwcompile.errors import Refused
 from lwcompile.graph import ModelGraph
+from lwcompile.residual import NORMS
 from lwcompile.site import SUBLAYER_KINDS, Site, SiteKind
-from lwcompile.structure import NORMS
 
 aten = torch.ops.aten
 
