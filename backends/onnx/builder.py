@@ -89,7 +89,7 @@ class Builder:
             name = self.fresh(self.prefix)
             node = ir.Node(domain, kind, inputs, attributes, num_outputs=outputs, name=name)
             for i, value in enumerate(node.outputs):
-                value.name = name if outputs == 1 else f"{name}.{i}"
+                value.name = name if outputs == 1 else self.fresh(f"{name}_{i}")
                 if (kind_of := dtype or (inputs[0].dtype if inputs and inputs[0] is not None else None)) is not None:
                     value.dtype = kind_of
             self.nodes.append(node)

@@ -54,7 +54,7 @@ def argument(g: Lowering, node: fx.Node, x: ir.Value, dim: int | None = None, ke
     return g.b.op(kind, x, axis=dim, keepdims=int(keepdim), dtype=INT64)
 
 
-@lowers("var.correction", "var.dim", "std.correction", "std.dim", "var_mean.correction")
+@lowers("var.correction", "var.dim", "std.correction", "std.dim", "var_mean.correction", "var_mean.dim", "var_mean")
 def variance(g: Lowering, node: fx.Node, x: ir.Value, dims: Any = None, *args: Any, keepdim: bool = False, **kwargs: Any) -> Any:
     b, source = g.b, node.args[0]
     over = list(range(g.rank(source))) if dims is None else [dims] if isinstance(dims, int) else list(dims)

@@ -36,6 +36,11 @@ def squeeze(g: Lowering, node: fx.Node, x: ir.Value, dims: int | Sequence[int] |
     return g.b.op("Squeeze", x, g.b.ints(sorted(gone))) if gone else x
 
 
+@lowers("mT", "adjoint")
+def matrix_transpose(g: Lowering, node: fx.Node, x: ir.Value) -> ir.Value:
+    return transpose(g, node, x, -1, -2)
+
+
 @lowers("transpose.int", "t", "swapaxes", "swapdims")
 def transpose(g: Lowering, node: fx.Node, x: ir.Value, a: int = 0, c: int = 1) -> ir.Value:
     order = list(range(g.rank(node)))
