@@ -215,17 +215,15 @@ def examine_apart(member: Member, seconds: float = SECONDS) -> Row:
     process = context.Process(target=_send, args=(sender, member))
     process.start()
     sender.close()
-    row = None
-    if receiver.poll(seconds):
+    row, late = None, not receiver.poll(seconds)
+    if late:
+        process.kill()
+    else:
         with suppress(EOFError):  # it died
             row = receiver.recv()
-    else:
-        process.kill()
     process.join()
-    if row is not None:
-        return row
-    said = f"no end after {seconds:.0f} s" if process.exitcode in (None, -9) else f"the process died ({process.exitcode})"
-    return Row(member.name, reason=said, crashed=True)
+    said = f"no end after {seconds:.0f} s" if late else f"the process died (exit code {process.exitcode})"
+    return row or Row(member.name, reason=said, crashed=True)
 
 
 def _send(sender: object, member: Member) -> None:
