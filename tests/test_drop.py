@@ -176,7 +176,7 @@ def test_dropping_equals_the_module_with_it_removed(name: str, what: str) -> Non
     remove(name, layers)
     for i, layer in enumerate(layers):  # layers know their index only for a cache that is not used
         if hasattr(layer, "layer_idx"):
-            layer.layer_idx = i
+            setattr(layer, "layer_idx", i)  # noqa: B010
     assert outputs_differ(dropped, model, example) < 1e-5
     assert outputs_differ(program, model, example) > 1e-4, "the removal changed nothing, so the test shows nothing"
     assert dropped.parameter_count() < intact

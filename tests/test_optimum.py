@@ -36,7 +36,7 @@ def test_optimum_generates_the_same_tokens(tmp_path: Path) -> None:
     from tiny import llama
 
     model = tmp_path / "dense"
-    llama().save_pretrained(model)
+    llama().save_pretrained(model)  # type: ignore[operator]
     recipe = lw.Recipe.named("fast").with_(
         options={"linear": ("quantize{bits=8,group_size=32,solver=rtn}",)}, backend="onnx{activations=float32}",
         analyses=("fisher{tokens=64}",), calibration={"dataset": "random", "samples": 8, "seqlen": 16},
