@@ -60,13 +60,13 @@ def _is_noise(node: fx.Node) -> bool:
     if target in (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default):
         return _same_type(node, node.args[0])
     if target in (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default):
-        return not node.args[2] or node.args[1] == 0
+        return bool(not node.args[2] or node.args[1] == 0)
     if target is aten.native_dropout.default:
         return False
     if target is aten.slice.Tensor:
         given = node.args[2:5]
         start, end, step = given + (0, _INT_MAX, 1)[len(given) :]
-        return start in (0, None) and end in (_INT_MAX, None) and step == 1
+        return bool(start in (0, None) and end in (_INT_MAX, None) and step == 1)
     return False
 
 
@@ -159,7 +159,7 @@ def _is_square_of(node: object, x: object) -> bool:
     if not isinstance(node, fx.Node):
         return False
     if node.target is aten.pow.Tensor_Scalar:
-        return node.args[1] == 2 and _through_casts(node.args[0]) is x
+        return bool(node.args[1] == 2) and _through_casts(node.args[0]) is x
     return node.target is aten.mul.Tensor and all(_through_casts(a) is x for a in node.args[:2])
 
 
