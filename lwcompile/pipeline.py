@@ -30,7 +30,6 @@ from lwcompile.registry import plugins
 from lwcompile.report import Report
 from lwcompile.rundir import RunDir, content_key, versions
 from lwcompile.session import Session
-from lwcompile.spec import Spec
 from lwcompile.store import ParameterStore
 from lwcompile.table import pareto
 from lwcompile.tracing import capture_module, from_exported
@@ -287,13 +286,12 @@ def _report(run: Session, chosen: Plan, found: Mapping[str, Any]) -> Report:
 
     damage = found["damage"]
     rows = {name: e.to_json() for name, e in found.items()}
-    allocator = make("allocators", run.recipe.allocator)
     return Report.build(
         name=run.program.name,
         license=run.program.license,
         table=run.table,
         plan=chosen,
-        curve=pareto(run.table, make("allocators", Spec("greedy")) if allocator is None else allocator, n=12),
+        curve=pareto(run.table, make("allocators", run.recipe.allocator), n=12),
         sites=run.structure.sites,
         recipe=run.recipe.canonical(),
         analyses=run.analysis_reports(chosen),
