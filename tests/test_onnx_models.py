@@ -112,12 +112,12 @@ def test_an_encoder_and_a_decoder_become_two_files_that_run_as_one(tmp_path: Pat
     source = {0: "batch", 1: "encoder_sequence"}
     encoder_graph, _ = capture_module(model.get_encoder(), first, dict.fromkeys(first, source))
     second = {
-        "input_ids": ids[:, :9],
+        "decoder_input_ids": ids[:, :9],
         "encoder_hidden_states": torch.randn(2, 16, 32),
         "encoder_attention_mask": torch.ones_like(ids),
     }
     dynamic = {
-        "input_ids": {0: "batch", 1: "decoder_sequence"},
+        "decoder_input_ids": {0: "batch", 1: "decoder_sequence"},
         "encoder_hidden_states": source,
         "encoder_attention_mask": source,
     }
@@ -126,6 +126,8 @@ def test_an_encoder_and_a_decoder_become_two_files_that_run_as_one(tmp_path: Pat
     parity = Onnx().lower(whole, tmp_path / "model.onnx", None)
     assert parity.worst < TOLERANCE
     assert sorted(f.name for f in tmp_path.iterdir()) == ["decoder_model.onnx", "encoder_model.onnx"]
+    taken = [i.name for i in plain_session(tmp_path / "decoder_model.onnx").get_inputs()]
+    assert taken == ["input_ids", "encoder_hidden_states", "encoder_attention_mask"]
     mask = torch.ones(3, 7, dtype=torch.int64)
     mask[0, 5:] = 0
     inputs = {
@@ -144,10 +146,10 @@ class _Decoder(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor) -> Tensor:
+    def forward(self, decoder_input_ids: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor) -> Tensor:
         return self.model(
             encoder_outputs=(encoder_hidden_states,),
-            decoder_input_ids=input_ids,
+            decoder_input_ids=decoder_input_ids,
             attention_mask=encoder_attention_mask,
             use_cache=False,
         ).logits
@@ -179,6 +181,19 @@ def test_a_query_that_may_see_nothing_stays_finite(tmp_path: Path):
     outputs = Onnx().run(tmp_path / "model.onnx", {i.name: inputs[i.name] for i in graph.inputs})
     assert not inputs["attention_mask"][2, 0]
     assert torch.isfinite(outputs["logits"]).all()
+
+
+def test_parity_is_proved_on_the_calibration_samples(tmp_path: Path):
+    import tiny
+
+    from lwcompile.backends.onnx.samples import samples
+    from lwcompile.context import Context
+
+    whole, calibration = tiny.llama_program(), tiny.calibration()
+    ctx = Context(calibration=calibration)
+    feed = samples(whole.main, ctx)
+    assert torch.equal(feed["input_ids"], calibration.samples["input_ids"][:2])
+    assert Onnx().lower(whole, tmp_path / "model.onnx", ctx).worst < TOLERANCE
 
 
 # --- what is written

@@ -105,9 +105,12 @@ class Onnx(Backend):
         with Draft(path.parent) as draft:
             for name, graph in entries.items():
                 prefix = f"{name}." if len(entries) > 1 else ""
-                written = draft.write(file_name(path, name), self._model(graph, program.name), external=self.external_data)
+                model, names = self._model(graph, program.name), file_inputs(graph, name)
+                for value in model.graph.inputs:
+                    value.name = names[str(value.name)]
+                written = draft.write(file_name(path, name), model, external=self.external_data)
                 check_model(written)
-                proof = list(cases(graph, ctx))
+                proof = [({names[k]: v for k, v in feed.items()}, outputs) for feed, outputs in cases(graph, ctx)]
                 exact, rounded = self._errors(graph, written, proof)
                 found |= {prefix + output: error for output, error in exact.items()}
                 rounding |= {prefix + output: error for output, error in rounded.items()}
@@ -155,6 +158,13 @@ class Onnx(Backend):
 
 def file_name(path: Path, entry: str) -> str:
     return path.name if entry in ("forward", "decode") else f"{entry}_{path.name}"
+
+
+def file_inputs(graph: ModelGraph, entry: str) -> dict[str, str]:
+    """Inputs as the file names them: `decoder_input_ids` of an entry `decoder` is its `input_ids`, as Optimum has it."""
+    known = {i.name for i in graph.inputs}
+    short = {name: name.removeprefix(f"{entry}_") for name in known}
+    return {name: name if new in known else new for name, new in short.items()}
 
 
 def _entries(program: Program) -> dict[str, ModelGraph]:

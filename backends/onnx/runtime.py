@@ -52,8 +52,7 @@ class Runtime:
             for item in session.get_inputs():
                 feed.setdefault(f"encoder_{item.name}", feed.get(item.name, states))
             feed.setdefault("encoder_hidden_states", states)
-            if "decoder_input_ids" in feed:
-                feed["input_ids"] = feed["decoder_input_ids"]
+            feed |= {name.removeprefix("decoder_"): feed[name] for name in list(feed) if name.startswith("decoder_")}
         return outputs
 
     def _step(self, session: ort.InferenceSession, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
