@@ -52,7 +52,7 @@ def write_artifact(folder: Path, run: Session, program: Program | None, plan: Pl
         program.save(folder)
         written += [folder / "program.json", folder / "weights.safetensors"]
     if model is not None:
-        written += sorted(f for f in folder.glob(f"{model.stem}*{model.suffix}*") if f.is_file())
+        written += sorted(f for f in folder.glob(f"*{model.name}*") if f.is_file())
     for asset in run.program.assets:
         if asset.resolve() != (folder / asset.name).resolve() and asset.name not in ("README.md", "LICENSE"):
             shutil.copyfile(asset, folder / asset.name)

@@ -261,7 +261,7 @@ def require_writable(folder: Path) -> None:
 
 def folder_bytes(path: Path) -> int:
     """Bytes of a model file and of the weights beside it."""
-    return sum(f.stat().st_size for f in path.parent.glob(f"{path.name}*") if f.is_file())
+    return sum(f.stat().st_size for f in path.parent.glob(f"*{path.name}*") if f.is_file())
 
 
 def _whole(folder: Path, write: Any) -> None:
