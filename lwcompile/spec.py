@@ -67,7 +67,7 @@ def _format(value: Value) -> str:
     if isinstance(value, int | float):
         return repr(value)
     plain = _NAME.fullmatch(value) and value.lower() not in _WORDS and not _NUMBER.fullmatch(value)
-    return value if plain else json.dumps(value, ensure_ascii=False)
+    return value if plain else json.dumps(value, ensure_ascii=not value.isprintable())
 
 
 class _Reader:
