@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lwcompile.contract import TransformPass
 from lwcompile.executor import Executor
 from lwcompile.manager import Manager, Step
+from lwcompile.memory import give_back
 from lwcompile.prefix import Cursor
 from lwcompile.registry import make
 from lwcompile.stats import InputStats
@@ -64,7 +65,12 @@ def apply_plan(
         numeric = _in_order(compressed, numeric)
         tied = [id for ids in structure.tied for id in ids]
         with ctx.progress.task("compressing", len(numeric)) as task:
-            manager.transform(compressed, numeric, _Start(ctx, tied), lambda step: task.advance())
+
+            def done(step: Step) -> None:
+                task.advance()
+                give_back()
+
+            manager.transform(compressed, numeric, _Start(ctx, tied), done)
         ctx.prefix = None
     return compressed
 

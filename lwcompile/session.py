@@ -30,6 +30,7 @@ from lwcompile.data import CalibrationSet, load_dataset
 from lwcompile.errors import BadInput, BadPlan, InfeasibleBudget
 from lwcompile.executor import Executor
 from lwcompile.manager import Manager
+from lwcompile.memory import give_back
 from lwcompile.metric import Metric, default_metric, load_metric
 from lwcompile.plans import Plan
 from lwcompile.program import Program
@@ -344,6 +345,7 @@ class Session:
                     yield made
                     if tick:
                         task.advance()
+                        give_back()
 
             return evaluate(self.metric, outputs(dense, False), outputs(compressed, True), batches, self.recipe.seed)
 

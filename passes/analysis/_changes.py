@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor, fx
 from lwcompile.context import Context
 from lwcompile.errors import Refused
 from lwcompile.executor import Executor
+from lwcompile.memory import give_back
 from lwcompile.program import Program
 from lwcompile.site import SUBLAYER_KINDS
 from lwcompile.spec import Spec
@@ -71,7 +71,7 @@ class Changes:
             except Refused as refusal:
                 refused[job] = refusal.reason
         edited.release()
-        gc.collect()  # the copy's graphs are cyclic, and its packed weights large
+        give_back()
         return refused
 
     def _note(self, job: int, unit: Sequence[str], option: Spec, edited: Executor, removes: bool) -> None:
