@@ -16,6 +16,7 @@ from lwcompile.errors import BadPlan
 from lwcompile.executor import run
 from lwcompile.metric import FeatureKl, Kl
 from lwcompile.passes.analysis import fisher as fisher_module
+from lwcompile.passes.analysis._moves import _sample
 from lwcompile.passes.analysis.fisher import Fisher
 from lwcompile.passes.analysis.measured import Measured
 from lwcompile.program import Program
@@ -208,7 +209,7 @@ def test_a_second_run_computes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path
     def fail(*_: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(fisher_module, "_Run", fail)
+    monkeypatch.setattr(fisher_module, "Moves", fail)
     assert list(Fisher(solver=None).run(llama_program(), context(options, rundir=RunDir(tmp_path)))) == first
     with pytest.raises(AssertionError, match="computed again"):
         list(Fisher(solver=None, draws=2).run(llama_program(), context(options, rundir=RunDir(tmp_path))))
@@ -228,7 +229,7 @@ def test_options_are_checked() -> None:
 
 def test_labels_are_drawn_as_often_as_the_model_says() -> None:
     p = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
-    drawn = fisher_module._sample(p.log().expand(20000, 6), torch.Generator().manual_seed(0))
+    drawn = _sample(p.log().expand(20000, 6), torch.Generator().manual_seed(0))
     counted = torch.bincount(drawn.flatten(), minlength=6) / 20000
     assert drawn.shape == (20000, 1) and (counted[p == 0] == 0).all()
     torch.testing.assert_close(counted, p, atol=0.015, rtol=0)

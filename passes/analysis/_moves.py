@@ -1,0 +1,216 @@
+"""The pass over the samples behind `fisher`: per-sample moves of the log-likelihood for every option, and their pooling."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lwcompile.context import Context
+from lwcompile.damage import estimate
+from lwcompile.executor import Tap
+from lwcompile.memory import give_back
+from lwcompile.passes.analysis._changes import Change, Changes, is_embedding
+from lwcompile.passes.analysis._shrink import shrink
+from lwcompile.program import Program
+from lwcompile.site import Site
+from lwcompile.spec import Spec
+
+
+class Options(Protocol):
+    """What the pass is asked for; `fisher`'s fields."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def draws(self) -> int: ...
+    @property
+    def solver(self) -> Spec | None: ...
+    @property
+    def pooled(self) -> bool: ...
+
+
+PIECE = 1 << 24
+"""Elements of a weight's gradient that are held at a time."""
+
+
+class Moves:
+    """One pass over the samples. `moves[job]` collects D, one for each sample and draw."""
+
+    def __init__(self, options: Options, program: Program, ctx: Context, traced: Sequence[Site]) -> None:
+        self.options, self.program, self.ctx = options, program, ctx
+        self.metric = ctx.need_metric()
+        self.changes = Changes(program, ctx, options.solver)
+        self.executor = self.changes.dense
+        self.traces = {self.executor.key(site): 0.0 for site in traced}
+        self.moves: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self.energy: dict[tuple[str, str], Tensor] = {}
+        self.rows = 0
+
+    def results(self, jobs: Sequence[tuple[tuple[str, ...], Spec]]) -> dict[str, Any]:
+        refused: dict[int, str] = {}
+        with self.ctx.progress.task(f"{self.options.name}: options", len(jobs)) as task:
+            for option in dict.fromkeys(option for _, option in jobs):
+                alike = [(job, unit) for job, (unit, other) in enumerate(jobs) if other == option]
+                refused |= self.changes.add(alike, option)
+                task.advance(len(alike))
+        self._pass_over_samples()
+        positions = self.rows * self.options.draws
+        traces = [{"value": trace / positions, "samples": self.rows} for trace in self.traces.values()]
+        damages = {job: self._damage(job, positions) for job in range(len(jobs)) if job not in refused}
+        if self.options.pooled:
+            self._pool(jobs, damages)
+        return {"damages": [damages.get(job) or {"refused": refused[job]} for job in range(len(jobs))], "traces": traces}
+
+    def _damage(self, job: int, positions: int) -> dict[str, Any]:
+        """The mean of 1/2 D^2 a position, over samples and draws."""
+        moves = torch.cat(self.moves[job])
+        made = estimate(0.5 * moves.square() * (len(moves) / positions), None, self.metric.unit, self.ctx.seed)
+        return {"value": made.mean, "low": max(made.low, 0.0), "high": made.high, "samples": len(moves)}
+
+    def _pool(self, jobs: Sequence[tuple[tuple[str, ...], Spec]], damages: dict[int, dict[str, Any]]) -> None:
+        """Shrink the options of each unit towards their common ratio to the diagonal Fisher information, in place.
+
+        The diagonal sum_nk dW_nk^2 E[g_n^2] E[x_k^2] hardly has noise and is off by a factor that a unit's options nearly share.
+        """
+        diagonal: defaultdict[int, float] = defaultdict(float)
+        for key, changes in self.changes.by_key.items():
+            for change in changes:
+                if change.delta is not None:
+                    diagonal[change.job] += change.scale**2 * self._diagonal(key, self.changes.delta(change))
+        units: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+        for job, (unit, _) in enumerate(jobs):
+            if job in damages and diagonal[job] > 0 and damages[job]["value"] > 0:
+                units[unit].append(job)
+        groups = [group for group in units.values() if len(group) > 1]
+        noises = [[self._noise(job) for job in group] for group in groups]
+        ratios = [
+            [math.log(damages[job]["value"] / diagonal[job]) + noise / 2 for job, noise in zip(group, row)]
+            for group, row in zip(groups, noises)
+        ]
+        for group, made in zip(groups, shrink(ratios, noises)):
+            for job, (ratio, error) in zip(group, made):
+                value = diagonal[job] * math.exp(ratio)
+                row = damages[job]
+                row.update(value=value, low=value * math.exp(-1.96 * error), high=value * math.exp(1.96 * error))
+
+    def _diagonal(self, key: str, delta: Tensor) -> float:
+        left, right = (self.energy[key, side] for side in ("rows", "columns"))
+        step = max(1, PIECE // delta.shape[1])
+        parts = zip(left.split(step), delta.split(step))
+        return sum((rows @ (piece.float().square() @ right)).item() for rows, piece in parts) / self.rows**2
+
+    def _noise(self, job: int) -> float:
+        """The squared relative standard error of the mean of D^2."""
+        squares = torch.cat(self.moves[job]).square()
+        return (squares.var() / squares.mean().square()).item() / len(squares) if len(squares) > 1 else 2.0
+
+    def _pass_over_samples(self) -> None:
+        """A joint metric scores samples together, so a whole group of its size is one sample here, and a rest is left out."""
+        size = self.ctx.batch_size if not self.metric.joint else getattr(self.metric, "batch", len(self.ctx.need_calibration()))
+        batches = self.ctx.batches(self.program, tokens=self.options.tokens, size=size)
+        if self.metric.joint and len(batches) > 1 and len(_first(batches[-1])) < size:
+            batches.pop()
+        generator = torch.Generator(self.ctx.device).manual_seed(self.ctx.seed)
+        with self.ctx.progress.task(self.options.name, len(batches)) as task:
+            for batch in batches:
+                self._batch(batch, generator)
+                give_back()
+                task.advance()
+
+    def _batch(self, batch: dict[str, Tensor], generator: torch.Generator) -> None:
+        samples = 1 if self.metric.joint else len(_first(batch))
+        sources = {key: self.executor.input_of(key) for key in {*self.changes.by_key, *self.traces}}
+        inputs: dict[str, Tensor] = self.executor.start(batch)
+        opened: dict[int, Tensor] = {}
+
+        def tap(key: str) -> Tap:
+            def watch(value: Tensor) -> Tensor:
+                inputs[key] = value.detach()
+                if key in sources:
+                    value = value.requires_grad_()
+                    value.register_hook(lambda g: self._collect(key, g, inputs[sources[key]], inputs[key], samples, opened))
+                return value
+
+            return watch
+
+        taps = {key: tap(key) for key in {*sources, *sources.values()} if key in self.executor.index}
+        with torch.enable_grad():
+            log_p = self.metric.distribution(self.executor.run(batch, taps=taps), batch)
+        self.rows += len(log_p)
+        for draw in range(self.options.draws):
+            labels = _sample(log_p.detach(), generator)
+            log_p.gather(1, labels).sum().backward(retain_graph=draw + 1 < self.options.draws)
+            for job, moved in opened.items():
+                self.moves[job].append(moved)
+            opened.clear()
+
+    @torch.no_grad()
+    def _collect(self, key: str, g: Tensor, x: Tensor, y: Tensor, samples: int, opened: dict[int, Tensor]) -> None:
+        """The gradient at one call has come: add its part of D for every option that changes it."""
+
+        def add(change: Change, moved: Tensor) -> None:
+            moved, before = moved.double().cpu(), opened.get(change.job)
+            if before is not None and len(before) != len(moved):
+                moved, before = moved.sum(0, keepdim=True), before.sum(0, keepdim=True)
+            opened[change.job] = moved if before is None else before + moved
+
+        changes = self.changes.by_key.get(key, [])
+        samples = samples if self._samples_first(key, y, samples) else 1
+        for change in changes:
+            if change.delta is None:
+                add(change, -(g * y).reshape(samples, -1).sum(1))
+        weights = [change for change in changes if change.delta is not None]
+        if not weights and key not in self.traces:
+            return
+        g = g.reshape(samples, -1, g.shape[-1])
+        if is_embedding(self.executor, key):
+            self._count(
+                key, torch.bincount(x.flatten(), minlength=self.changes.delta(weights[0]).shape[0]), g.square().sum((0, 1))
+            )
+            for change in weights:
+                rows = self.changes.delta(change)[x.reshape(samples, -1)].to(g.dtype)
+                add(change, change.scale * (g * rows).sum((1, 2)))
+            return
+        x = x.reshape(samples, -1, x.shape[-1])
+        self._count(key, g.square().sum((0, 1)), x.square().sum((0, 1)))
+        step = max(1, PIECE // (samples * x.shape[-1]))
+        for start in range(0, g.shape[-1], step):
+            gradient = (g[..., start : start + step].transpose(1, 2) @ x).flatten(1)
+            for change in weights:
+                delta = self.changes.delta(change)[start : start + step].flatten().to(gradient.dtype)
+                add(change, change.scale * (gradient @ delta))
+            if key in self.traces:
+                self.traces[key] += gradient.square().sum().item()
+
+    def _count(self, key: str, rows: Tensor, columns: Tensor) -> None:
+        """Add to the second moments that go with the rows and columns of a weight."""
+        for side, moment in (("rows", rows), ("columns", columns)):
+            self.energy[key, side] = self.energy.get((key, side), torch.zeros(())) + moment.float()
+
+    def _samples_first(self, key: str, value: Tensor, samples: int) -> bool:
+        """Whether the rows of a value lie sample by sample: not so where a router has gathered them by expert."""
+        if value.shape[0] == samples:
+            return True
+        step = self.executor.steps[self.executor.position(key)]
+        fed = step.node.all_input_nodes[0]
+        before = fed.args[0].meta.get("val") if fed.target is torch.ops.aten.reshape.default else None  # type: ignore[union-attr]
+        rows = step.graph.inputs[0].shape[0]
+        return before is not None and before.ndim > 2 and before.shape[0] == rows and value.shape[0] % samples == 0
+
+
+def _sample(log_p: Tensor, generator: torch.Generator) -> Tensor:
+    """One label a row, [rows, 1], by inverting the cumulative distribution: a random number a row instead of one a class."""
+    reached = log_p.double().exp().cumsum(-1)
+    drawn = torch.rand(len(log_p), 1, dtype=torch.float64, device=log_p.device, generator=generator)
+    return torch.searchsorted(reached, drawn * reached[:, -1:], right=True).clamp_max(log_p.shape[1] - 1)
+
+
+def _first(batch: dict[str, Tensor]) -> Tensor:
+    return next(iter(batch.values()))
