@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from lwcompile.executor import run
 from lwcompile.metric import FeatureKl, Kl
 from lwcompile.passes.analysis import fisher as fisher_module
 from lwcompile.passes.analysis._moves import _sample
+from lwcompile.passes.analysis._shrink import shrink
 from lwcompile.passes.analysis.fisher import Fisher
 from lwcompile.passes.analysis.measured import Measured
 from lwcompile.program import Program
@@ -225,6 +227,41 @@ def test_memory_is_bounded_by_files(tmp_path: Path) -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(BadPlan, match="at least one"):
         Fisher(solver=None, tokens=0)
+
+
+def test_pooling_lowers_the_noise_and_keeps_the_level() -> None:
+    program = llama_program(tied=False)
+    options = [Spec.parse(f"quantize{{bits={b},group_size=16,solver=rtn}}") for b in (5, 6, 7, 8)]
+    sites = [s.id for s in Context().find_structure(program).of_kind("linear")]
+    ctx = context({id: options for id in sites}, groups=())
+    truth = predict(program, ctx, draws=40, pooled=False)
+    alone, pooled = predict(program, ctx, pooled=False), predict(program, ctx)
+
+    def errors(found: Predicted) -> Tensor:
+        return torch.tensor([math.log(found[key].value / truth[key].value) for key in truth])
+
+    assert errors(pooled).square().mean().sqrt() < 0.7 * errors(alone).square().mean().sqrt()
+    assert abs(errors(pooled).mean()) < 0.1
+    inside = [pooled[key].low <= truth[key].value <= pooled[key].high for key in truth]
+    assert sum(inside) / len(inside) > 0.8
+
+
+def test_shrinking_is_the_posterior_mean_of_the_model_that_made_the_figures() -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels = 3 * torch.randn(400, 1, generator=generator)
+    truth = levels + 0.5 * torch.randn(400, 6, generator=generator)
+    values = truth + 0.8 * torch.randn(400, 6, generator=generator)
+    made = shrink(values.tolist(), [[0.64] * 6] * 400)
+    found, stated = (torch.tensor([[pair[i] for pair in row] for row in made]) for i in (0, 1))
+    trust = 0.25 / (0.25 + 0.64)
+    expected = values.mean(1, keepdim=True) + trust * (values - values.mean(1, keepdim=True))
+    torch.testing.assert_close(found, expected, atol=0.15, rtol=0)
+    error = (found - truth).square().mean().sqrt().item()
+    assert error < 0.75 * 0.8 and error == pytest.approx(stated.mean().item(), rel=0.1)
+
+
+def test_shrinking_without_noise_changes_nothing() -> None:
+    assert shrink([[1.0, 2.0], [5.0, 5.5]], [[0.0, 0.0]] * 2) == [[(1.0, 0.0), (2.0, 0.0)], [(5.0, 0.0), (5.5, 0.0)]]
 
 
 def test_labels_are_drawn_as_often_as_the_model_says() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ from lwcompile.spec import Spec
 class Options(Protocol):
     """What the pass is asked for; `fisher`'s fields."""
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
+
     @property
     def tokens(self) -> int: ...
     @property
@@ -207,9 +207,12 @@ class Moves:
 
 def _sample(log_p: Tensor, generator: torch.Generator) -> Tensor:
     """One label a row, [rows, 1], by inverting the cumulative distribution: a random number a row instead of one a class."""
-    reached = log_p.double().exp().cumsum(-1)
-    drawn = torch.rand(len(log_p), 1, dtype=torch.float64, device=log_p.device, generator=generator)
-    return torch.searchsorted(reached, drawn * reached[:, -1:], right=True).clamp_max(log_p.shape[1] - 1)
+    made = []
+    for rows in log_p.split(max(1, PIECE // 4 // log_p.shape[1])):
+        reached = rows.double().exp_().cumsum(-1)
+        drawn = torch.rand(len(rows), 1, dtype=torch.float64, device=rows.device, generator=generator)
+        made.append(torch.searchsorted(reached, drawn * reached[:, -1:], right=True).clamp_max(log_p.shape[1] - 1))
+    return torch.cat(made)
 
 
 def _first(batch: dict[str, Tensor]) -> Tensor:
