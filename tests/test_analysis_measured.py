@@ -151,6 +151,15 @@ def test_a_refused_option_is_remarked_and_gets_no_damage() -> None:
     assert remark.site == "final_norm" and remark.kind == "refused" and "no stored matrix" in remark.text
 
 
+def test_only_one_transform_is_measured_where_one_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = {"block1.mlp": [DROP], "block1.attention.o_proj": [FOUR]}
+    counted = count_suffixes(monkeypatch)
+    found = list(Measured(only="drop").run(llama_program(), context(options, rundir=RunDir(tmp_path))))
+    assert [id for id, *_ in found] == ["block1.mlp"] and len(counted) == 1
+    both = list(Measured().run(llama_program(), context(options, rundir=RunDir(tmp_path))))
+    assert found[0] in both and len(both) == 2 and len(counted) == 2
+
+
 def test_tokens_bound_the_samples() -> None:
     ctx = context({"block1.mlp": [DROP]})
     ((_, _, damage),) = Measured(tokens=24).run(llama_program(), ctx)

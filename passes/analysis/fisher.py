@@ -10,7 +10,7 @@ The square is taken after the sum over positions: one changed weight acts at all
 vanish (without them, value projections come out at a third of what they do). Sites that carry one option add their D before it.
 
     linear      <dW, sum_t g_t x_t^T>          embedding   sum_t g_t . dW[id_t]
-    dropped     -sum_t g_t . branch_t          (second order is crude for so large a change)
+    dropped     -sum_t g_t . branch_t          (second order is crude for so large a change, and misses the worst: measure drops)
 
 Source: Fisher information as the Hessian of the KL; derived above.
 Cost: a forward and `draws` backwards over the samples, each with one product of every weight's size; one dot product an option.

@@ -14,7 +14,7 @@ own key as soon as it is there, so a killed run goes on where it was.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,24 +30,28 @@ from lwcompile.spec import Spec
 
 @dataclass(frozen=True)
 class Measured(AnalysisPass):
-    """Damage of each option in the metric's unit, on about `tokens` tokens of the calibration samples (none: all of them)."""
+    """Damage of each option in the metric's unit, on about `tokens` tokens of the calibration samples (none: all of them).
+
+    `only` names a transform: options of others are passed over, as after an analysis that predicts those well.
+    """
 
     name: ClassVar[str] = "measured"
     provides: ClassVar[tuple[str, ...]] = ("damage",)
 
     tokens: int | None = 4096
+    only: str | None = None
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.tokens < 1:
             raise BadPlan(f"measured needs at least one token, not {self.tokens}")
 
     def run(self, program: Program, ctx: Context) -> Iterator[tuple[str, Spec, Damage]]:
-        trial = _Trial(self, program, ctx)
-        offers = ctx.offers(program)
+        trial, whole = _Trial(self, program, ctx), replace(self, only=None)
+        offers = [(unit, option) for unit, option in ctx.offers(program) if self.only in (None, option.name)]
         digest, codes = program.digest(), {option: ctx.code_of(option) for option in {option for _, option in offers}}
         with ctx.progress.task(self.name, sum(trial.work(unit) for unit, _ in offers)) as task:
             for unit, option in offers:
-                key = ctx.key(self, digest, *unit, option, *codes[option])
+                key = ctx.key(whole, digest, *unit, option, *codes[option])
                 found = ctx.cached(key, lambda unit=unit, option=option: trial.measure(unit, option))
                 task.advance(trial.work(unit))
                 if "refused" in found:
