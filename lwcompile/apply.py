@@ -15,9 +15,11 @@ from lwcompile.manager import Manager, Step
 from lwcompile.memory import give_back
 from lwcompile.prefix import Cursor
 from lwcompile.registry import make
-from lwcompile.stats import InputStats
+from lwcompile.stats import InputStats, Wanted
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lwcompile.context import Context
     from lwcompile.program import Program
     from lwcompile.site import Site
@@ -28,28 +30,45 @@ if TYPE_CHECKING:
 class SequentialPrefix:
     """Input statistics at one linear after the other, in program order, of a program that is being compressed.
 
-    One pass over the model in all: `Cursor` advances the calibration batches and never goes back. Layers that are fed one tensor
-    share its statistics. Tied weights and embeddings have none here: they are not read at one place.
+    One pass over the model in all: `Cursor` advances the calibration batches and never goes back; a second one, for solvers that
+    want the drift, does the same with the dense program. Layers that are fed one tensor share its statistics and the importance
+    of its tokens. Tied weights and embeddings have none here: they are not read at one place.
     """
 
-    def __init__(self, program: Program, ctx: Context, tied: Sequence[str], samples: int | None = None) -> None:
-        self.cursor = Cursor(program, ctx.batches(program, samples=samples), ctx.device)
+    def __init__(self, program: Program, ctx: Context, tied: Sequence[str]) -> None:
+        self.ctx = ctx
+        self.cursor = Cursor(program, ctx.batches(program), ctx.device)
         self.tied = set(tied)
-        self._last: tuple[str, InputStats] | None = None
+        self._dense: Cursor | None = None
+        self._last: tuple[tuple[str, Wanted], InputStats] | None = None
 
-    def stats(self, site: Site) -> InputStats | None:
+    def stats(self, site: Site, wanted: Wanted) -> InputStats | None:
         if site.kind != "linear" or site.id in self.tied:
             return None
         executor = self.cursor.executor
         key = executor.key(site)
-        source = executor.input_of(key)
-        if self._last is None or self._last[0] != source:
+        token = (executor.input_of(key), wanted)
+        if self._last is None or self._last[0] != token:
             values = self.cursor.inputs_at([key])[key]
             stats = InputStats(values[0].shape[-1], device=values[0].device)
-            for value in values:
-                stats.update(value)
-            self._last = (source, stats)
+            weights = self.ctx.token_weights(site, wanted.importance, [value.shape[:-1] for value in values])
+            dense = self._dense_inputs(key, values) if wanted.drift else [None] * len(values)
+            for i, value in enumerate(values):
+                stats.update(value, weights[i], dense[i])
+            self._last = (token, stats)
         return self._last[1]
+
+    def _dense_inputs(self, key: str, values: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """What the dense program feeds the same call; None where it has no such call, or feeds it other tokens."""
+        unknown = [None] * len(values)
+        if self.ctx.program is None:
+            return unknown
+        if self._dense is None:
+            self._dense = Cursor(self.ctx.program, self.ctx.batches(self.ctx.program), self.ctx.device)
+        if key not in self._dense.executor.index:
+            return unknown
+        found = self._dense.inputs_at([key])[key]
+        return found if all(a.shape == b.shape for a, b in zip(found, values)) else unknown
 
 
 def apply_plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from lwcompile.graph import ModelGraph
     from lwcompile.metric import Metric
     from lwcompile.program import Program
-    from lwcompile.stats import InputStats
+    from lwcompile.stats import InputStats, Wanted
     from lwcompile.structure import Structure
 
 
@@ -52,7 +53,7 @@ class Results(Protocol):
 class Prefix(Protocol):
     """Input statistics of layers in a program whose earlier layers are compressed already."""
 
-    def stats(self, site: Site) -> InputStats | None: ...
+    def stats(self, site: Site, wanted: Wanted) -> InputStats | None: ...
 
 
 # --- the context
@@ -69,6 +70,7 @@ class Context:
         workdir: takes the activations that do not fit in `memory` bytes; a temporary folder if None.
         program: the dense program, whose activations solvers see unless `prefix` knows others.
         batch_size: samples that run through the model together.
+        energies: the importance of the calibration tokens, once it is known.
         prefix: the inputs of layers behind already compressed ones, while a plan is applied.
         scope: content key of what `solved` results depend on beside their own token.
     """
@@ -89,7 +91,8 @@ class Context:
     rundir: Results | None = None
     workdir: Path | None = None
     program: Program | None = None
-    stats: dict[str, InputStats | None] = field(default_factory=dict)
+    stats: dict[float, dict[str, InputStats | None]] = field(default_factory=dict)
+    energies: Mapping[str, Tensor] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
     prefix: Prefix | None = None
     scope: str = ""
@@ -190,37 +193,93 @@ class Context:
             yield site, torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
 
     def input_stats(
-        self, program: Program | ModelGraph, sites: Iterable[Site], tokens: int | None = None
+        self, program: Program | ModelGraph, sites: Iterable[Site], tokens: int | None = None, importance: float = 0.0
     ) -> dict[str, InputStats]:
-        """Second moments of what each linear is fed, by site id; sites fed the same tensor share one object."""
+        """Second moments of what each linear is fed, by site id; sites fed the same tensor share one object.
+
+        Tokens weigh their importance to this power."""
+        from lwcompile.stats import Wanted
+
+        found = self.each_stats(program, sites, Wanted(importance), tokens=tokens)
+        return {site.id: stats for site, (stats,) in found}
+
+    def each_stats(
+        self, program: Program | ModelGraph, sites: Iterable[Site], *wanted: Wanted, folds: int = 1, tokens: int | None = None
+    ) -> Iterator[tuple[Site, list[InputStats]]]:
+        """`input_stats` one site after the other, in the order of the program, for those who cannot hold all of them.
+
+        For each of `wanted` and each of `folds` parts of the samples one, the parts of the first `wanted` first.
+        """
         from lwcompile.stats import InputStats
 
-        made: dict[str, InputStats] = {}
-        by_source: dict[str, InputStats] = {}
+        last: tuple[str, list[InputStats]] | None = None
         for site, source, parts in self._inputs(program, sites, tokens):
-            if source not in by_source:
-                by_source[source] = InputStats(parts[0].shape[-1], device=parts[0].device)
-                for part in parts:
-                    by_source[source].update(part)
-            made[site.id] = by_source[source]
-        return made
+            if last is None or last[0] != source:
+                last = source, [InputStats(parts[0].shape[-1], device=parts[0].device) for _ in wanted for _ in range(folds)]
+                for k, one in enumerate(wanted):
+                    weights = self.token_weights(site, one.importance, [part.shape[:-1] for part in parts])
+                    for i, (part, weight) in enumerate(zip(parts, weights)):
+                        last[1][k * folds + i % folds].update(part, weight)
+            yield site, last[1]
 
-    def stats_of(self, graph: ModelGraph, site: Site) -> InputStats | None:
+    def stats_of(self, graph: ModelGraph, site: Site, wanted: Wanted) -> InputStats | None:
         """What a solver may know of a weight's inputs: where a plan is applied those behind the compressed layers (`prefix`),
-        else the dense program's.
+        else the dense program's, which know of no drift.
 
         A tied embedding is known by the inputs of its head, in the dense program; an untied one has none.
         """
-        if self.prefix is not None and (found := self.prefix.stats(site)) is not None:
+        if self.prefix is not None and (found := self.prefix.stats(site, wanted)) is not None:
             return found
-        if site.id not in self.stats:
+        stats = self.stats.setdefault(wanted.importance, {})
+        if site.id not in stats:
             known = self.structure.sites if self.structure is not None else {site.id: site}
             tied = next((ids for ids in (self.structure.tied if self.structure is not None else []) if site.id in ids), ())
-            wanted = known if self.prefix is None else (site.id, *tied)
-            linears = [known[id] for id in wanted if id in known and known[id].kind == "linear" and id not in self.stats]
-            self.stats.update(self.input_stats(self.program if self.program is not None else graph, linears))
-            self.stats.setdefault(site.id, next((self.stats[id] for id in tied if id in self.stats), None))
-        return self.stats[site.id]
+            asked = known if self.prefix is None else (site.id, *tied)
+            linears = [known[id] for id in asked if id in known and known[id].kind == "linear" and id not in stats]
+            dense = self.program if self.program is not None else graph
+            stats.update(self.input_stats(dense, linears, importance=wanted.importance))
+            stats.setdefault(site.id, next((stats[id] for id in tied if id in stats), None))
+        return stats[site.id]
+
+    def token_weights(self, site: Site, power: float, shapes: Sequence[Sequence[int]]) -> Sequence[Tensor | None]:
+        """How much each calibration token counts at a linear, [...] for each of these shapes [...] of its input's batches.
+
+        Linears that are fed one tensor share their importance, summed. None where all tokens count alike: at power 0, where
+        the metric reads nothing of the layer, knows no distribution to draw labels from, or a router gathers the tokens.
+        """
+        if power == 0 or self.program is None or self.metric is None or not self.metric.predicts:
+            return [None] * len(shapes)
+        from lwcompile.importance import token_weights
+
+        found = self.importance().get(site.id)
+        sizes = [math.prod(shape) for shape in shapes]
+        taken = sum(shape[0] for shape in shapes) / len(self.need_calibration())  # of the samples, from the first on
+        if found is None or (len(found) != sum(sizes) and len(found) * taken != sum(sizes)):
+            return [None] * len(shapes)
+        found = found[: sum(sizes)]
+        return [part.view(*shape) for part, shape in zip(token_weights(found, power).split(sizes), shapes)]
+
+    def importance(self) -> Mapping[str, Tensor]:
+        """The importance of the calibration tokens at each linear of the dense program, by site id; computed once a run."""
+        program = self.program
+        if program is None:
+            raise InternalError("the importance of tokens is the dense program's, and the context has none")
+        if self.energies is None:
+            self.energies = self._importance(program)
+        return self.energies
+
+    def _importance(self, program: Program) -> dict[str, Tensor]:
+        from lwcompile import importance
+
+        code, given = code_hash(importance.token_importance), self.need_calibration().content_hash
+        key = content_key("importance", code, program.digest(), given, repr(self.metric), self.seed, versions())
+        stored = self.rundir.get_tensors(key) if self.rundir is not None else None
+        if stored is None:
+            sites = self.find_structure(program).of_kind("linear")
+            stored = importance.token_importance(program, sites, self)
+            if self.rundir is not None:
+                self.rundir.put_tensors(key, stored)
+        return stored
 
     def _inputs(
         self, program: Program | ModelGraph, sites: Iterable[Site], tokens: int | None

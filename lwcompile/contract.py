@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lwcompile.plans import Plan
     from lwcompile.program import Program
     from lwcompile.site import Site
-    from lwcompile.stats import InputStats
+    from lwcompile.stats import InputStats, Wanted
     from lwcompile.table import OptionTable
 
 P = TypeVar("P", bound="Pass")
@@ -194,6 +194,13 @@ class Solver(Pass):
     """Finds the values of a numeric format for one weight."""
 
     needs_hessian: ClassVar[bool] = False
+
+    @property
+    def wanted(self) -> Wanted:
+        """How the statistics it is given are taken."""
+        from lwcompile.stats import Wanted
+
+        return Wanted()
 
     def solve(self, weight: Tensor, format: NumericFormat, stats: InputStats | None) -> QuantizedTensor:
         """weight [out, in] float32 -> codes, scales and zeros. `stats` holds what is known of the layer's inputs, or None."""

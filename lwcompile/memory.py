@@ -5,8 +5,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import time
 from functools import cache
 from typing import Any
+
+SHARE = 0.05
+"""Of the running time, what full collections may take: each walks every object of the imported libraries."""
+
+_next_full = 0.0
 
 
 @cache
@@ -18,7 +24,17 @@ def _trim() -> Any:
 
 
 def give_back() -> None:
-    """Collect cyclic garbage (graphs are cyclic) and return freed memory to the system: some milliseconds."""
-    gc.collect()
+    """Collect cyclic garbage (graphs are cyclic) and return freed memory to the system: some milliseconds.
+
+    Young objects each time, all of them once the last full collection's cost is `SHARE` of the time since.
+    """
+    global _next_full
+    started = time.monotonic()
+    if started < _next_full:
+        gc.collect(1)
+    else:
+        gc.collect()
+        ended = time.monotonic()
+        _next_full = ended + (ended - started) / SHARE
     if (trim := _trim()) is not None:
         trim(0)

@@ -290,3 +290,13 @@ def _kl_rows(p: Tensor, q: Tensor) -> Tensor:
     p, q = F.log_softmax(p.float(), dim=-1), F.log_softmax(q.float(), dim=-1)
     weight = p.exp()
     return torch.where(weight > 0, weight * (p - q), 0.0).sum(-1)
+
+
+def sample_labels(log_p: Tensor, generator: torch.Generator) -> Tensor:
+    """One label a row, [rows, 1], by inverting the cumulative distribution: a random number a row instead of one a class."""
+    made = []
+    for rows in log_p.split(max(1, CHUNK // 2 // log_p.shape[1])):
+        reached = rows.double().exp_().cumsum(-1)
+        drawn = torch.rand(len(rows), 1, dtype=torch.float64, device=rows.device, generator=generator)
+        made.append(torch.searchsorted(reached, drawn * reached[:, -1:], right=True).clamp_max(log_p.shape[1] - 1))
+    return torch.cat(made)

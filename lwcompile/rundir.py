@@ -12,14 +12,13 @@ results, and a new budget is solved without scoring again. Entries are written w
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -49,17 +48,32 @@ def versions() -> dict[str, str]:
 
 
 @cache
-def code_hash(cls: type) -> str:
-    """A hash of the source files of a class and of its bases, so that an edited pass is a different pass."""
+def code_hash(code: type | Callable[..., Any]) -> str:
+    """A hash of the source behind a function, or a class and its bases, so that an edited pass is a different pass.
+
+    Modules of the same package that the source imports from count too: a pass may keep its helpers beside it.
+    """
     digest = xxhash.xxh3_64()
-    for base in cls.__mro__[:-1]:
-        try:
-            path = inspect.getsourcefile(base)
-        except TypeError:
-            continue
-        if path and Path(path).is_file():
-            digest.update(Path(path).read_bytes())
+    names = [base.__module__ for base in code.__mro__[:-1]] if isinstance(code, type) else [code.__module__]
+    for path in sorted({path for name in names for path in _sources(name)}):
+        digest.update(Path(path).read_bytes())
     return digest.hexdigest()
+
+
+def _sources(name: str) -> set[str]:
+    """The source files of a module and of those of its package that it imports from, transitively."""
+    found: dict[str, str] = {}
+    waiting, package = [name], name.rpartition(".")[0]
+    while waiting:
+        module = sys.modules.get(name := waiting.pop())
+        path = getattr(module, "__file__", None)
+        if name in found or path is None or not Path(path).is_file():
+            continue
+        found[name] = path
+        if package.startswith("lwcompile.passes") or not package.startswith("lwcompile"):
+            used = {getattr(value, "__module__", None) or getattr(value, "__name__", "") for value in vars(module).values()}
+            waiting += [other for other in used if isinstance(other, str) and package and other.rpartition(".")[0] == package]
+    return set(found.values())
 
 
 def content_key(*parts: Any) -> str:

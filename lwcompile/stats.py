@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from lwcompile.errors import BadInput
 from lwcompile.formats import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How a solver would have its statistics taken.
+
+    importance: tokens weigh their importance (`lwcompile.importance`) to this power; 0 takes all alike.
+    drift: beside the inputs behind compressed layers, what the dense model feeds at the same tokens.
+    """
+
+    importance: float = 0.0
+    drift: bool = False
 
 
 class InputStats:
@@ -22,10 +36,12 @@ class InputStats:
         self.weight = 0.0
         self._gram = torch.zeros(features, features, dtype=dtype, device=device)
         self._magnitude = torch.zeros(features, dtype=dtype, device=device)
+        self._drift: Tensor | None = None
 
     @torch.no_grad()
-    def update(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Add tokens `x` [..., K]; `weight` [...] >= 0 says how much each one counts (default 1)."""
+    def update(self, x: Tensor, weight: Tensor | None = None, dense: Tensor | None = None) -> None:
+        """Add tokens `x` [..., K]; `weight` [...] >= 0 says how much each one counts (default 1); `dense` [..., K] is what the
+        dense model feeds at these tokens, of all updates or of none."""
         if x.shape[-1] != self.features:
             raise BadInput(f"these inputs have {x.shape[-1]} channels, but the weight takes {self.features}")
         x = x.reshape(-1, self.features).float()
@@ -35,6 +51,9 @@ class InputStats:
                 raise BadInput(f"{len(weight)} token weights were given for {len(x)} tokens")
         weighted = x if weight is None else x * weight
         self._gram += weighted.T @ x
+        if dense is not None:
+            moved = (dense.reshape(-1, self.features).float() - x).T @ weighted
+            self._drift = moved.to(self._gram.dtype) if self._drift is None else self._drift + moved
         self._magnitude += weighted.abs().sum(0)
         self.weight += len(x) if weight is None else weight.double().sum().item()
         self.tokens += len(x)
@@ -43,6 +62,11 @@ class InputStats:
     def hessian(self) -> Tensor:
         """H = (2/n) sum_t w_t x_t x_t^T, [K, K], n the sum of the token weights: METHODS 3.1."""
         return self._gram * (2 / self._seen())
+
+    @property
+    def drift(self) -> Tensor | None:
+        """(2/n) sum_t w_t (x_dense - x)_t x_t^T, [K, K]; None where no dense inputs were given."""
+        return None if self._drift is None else self._drift * (2 / self._seen())
 
     @property
     def energy(self) -> Tensor:

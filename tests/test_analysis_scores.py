@@ -20,6 +20,7 @@ from lwcompile.errors import BadInput, Refused
 from lwcompile.passes.analysis.influence import BlockInfluence, LayerInputModification
 from lwcompile.passes.analysis.zd import ZScoreDistribution
 from lwcompile.program import Program
+from lwcompile.stats import Wanted
 from lwcompile.tracing import capture_module
 
 
@@ -165,7 +166,7 @@ def test_input_statistics_are_the_second_moments_of_the_activations() -> None:
     for site, x in ctx.activations(program, sites):
         torch.testing.assert_close(stats[site.id].hessian, 2 * x.T @ x / len(x), rtol=1e-4, atol=1e-4)
     assert stats["block0.attention.q_proj"] is stats["block0.attention.v_proj"]
-    assert ctx.stats_of(program.main, ctx.find_structure(program).sites["embedding"]).tokens == 96  # type: ignore[union-attr]
+    assert ctx.stats_of(program.main, ctx.find_structure(program).sites["embedding"], Wanted()).tokens == 96  # type: ignore[union-attr]
 
 
 # --- calibration

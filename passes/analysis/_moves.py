@@ -1,8 +1,7 @@
-"""The pass over the samples behind `fisher`: per-sample moves of the log-likelihood for every option, and their pooling."""
+"""The pass over the samples behind `fisher`: per-sample moves of the log-likelihood for every option."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
@@ -14,8 +13,9 @@ from lwcompile.context import Context
 from lwcompile.damage import estimate
 from lwcompile.executor import Tap
 from lwcompile.memory import give_back
+from lwcompile.metric import sample_labels
+from lwcompile.passes.analysis._anchors import Jobs, find_anchors, losses
 from lwcompile.passes.analysis._changes import Change, Changes, is_embedding
-from lwcompile.passes.analysis._shrink import shrink
 from lwcompile.program import Program
 from lwcompile.site import Site
 from lwcompile.spec import Spec
@@ -29,11 +29,9 @@ class Options(Protocol):
     @property
     def tokens(self) -> int: ...
     @property
-    def draws(self) -> int: ...
+    def draws(self) -> int | None: ...
     @property
     def solver(self) -> Spec | None: ...
-    @property
-    def pooled(self) -> bool: ...
 
 
 PIECE = 1 << 24
@@ -46,70 +44,57 @@ class Moves:
     def __init__(self, options: Options, program: Program, ctx: Context, traced: Sequence[Site]) -> None:
         self.options, self.program, self.ctx = options, program, ctx
         self.metric = ctx.need_metric()
-        self.changes = Changes(program, ctx, options.solver)
+        self.changes = Changes(program, ctx, None)
         self.executor = self.changes.dense
         self.traces = {self.executor.key(site): 0.0 for site in traced}
         self.moves: defaultdict[int, list[Tensor]] = defaultdict(list)
         self.energy: dict[tuple[str, str], Tensor] = {}
         self.rows = 0
+        self.draws = options.draws or (8 if self.metric.joint else 1)
 
-    def results(self, jobs: Sequence[tuple[tuple[str, ...], Spec]]) -> dict[str, Any]:
+    def results(self, jobs: Jobs) -> dict[str, Any]:
+        cheap = self.options.solver
+        anchors = find_anchors(jobs, self.ctx) if cheap is not None else {job: job for job in range(len(jobs))}
+        moved = sorted(set(anchors.values()))
         refused: dict[int, str] = {}
-        with self.ctx.progress.task(f"{self.options.name}: options", len(jobs)) as task:
-            for option in dict.fromkeys(option for _, option in jobs):
-                alike = [(job, unit) for job, (unit, other) in enumerate(jobs) if other == option]
+        with self.ctx.progress.task(f"{self.options.name}: options", len(moved)) as task:
+            for option in dict.fromkeys(jobs[job][1] for job in moved):
+                alike = [(job, jobs[job][0]) for job in moved if jobs[job][1] == option]
                 refused |= self.changes.add(alike, option)
                 task.advance(len(alike))
         self._pass_over_samples()
-        positions = self.rows * self.options.draws
+        positions = self.rows * self.draws
         traces = [{"value": trace / positions, "samples": self.rows} for trace in self.traces.values()]
-        damages = {job: self._damage(job, positions) for job in range(len(jobs)) if job not in refused}
-        if self.options.pooled:
-            self._pool(jobs, damages)
+        damages = {job: self._damage(job, positions) for job in moved if job not in refused}
+        if cheap is not None:
+            refused |= self._spread(jobs, anchors, damages, refused, cheap)
         return {"damages": [damages.get(job) or {"refused": refused[job]} for job in range(len(jobs))], "traces": traces}
 
     def _damage(self, job: int, positions: int) -> dict[str, Any]:
-        """The mean of 1/2 D^2 a position, over samples and draws."""
+        """The mean of 1/2 D^2 a position, over samples and draws; 0 where the metric reads nothing of what changes."""
+        if not self.moves[job]:
+            return {"value": 0.0, "low": 0.0, "high": 0.0, "samples": positions}
         moves = torch.cat(self.moves[job])
         made = estimate(0.5 * moves.square() * (len(moves) / positions), None, self.metric.unit, self.ctx.seed)
         return {"value": made.mean, "low": max(made.low, 0.0), "high": made.high, "samples": len(moves)}
 
-    def _pool(self, jobs: Sequence[tuple[tuple[str, ...], Spec]], damages: dict[int, dict[str, Any]]) -> None:
-        """Shrink the options of each unit towards their common ratio to the diagonal Fisher information, in place.
-
-        The diagonal sum_nk dW_nk^2 E[g_n^2] E[x_k^2] hardly has noise and is off by a factor that a unit's options nearly share.
-        """
-        diagonal: defaultdict[int, float] = defaultdict(float)
-        for key, changes in self.changes.by_key.items():
-            for change in changes:
-                if change.delta is not None:
-                    diagonal[change.job] += change.scale**2 * self._diagonal(key, self.changes.delta(change))
-        units: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
-        for job, (unit, _) in enumerate(jobs):
-            if job in damages and diagonal[job] > 0 and damages[job]["value"] > 0:
-                units[unit].append(job)
-        groups = [group for group in units.values() if len(group) > 1]
-        noises = [[self._noise(job) for job in group] for group in groups]
-        ratios = [
-            [math.log(damages[job]["value"] / diagonal[job]) + noise / 2 for job, noise in zip(group, row)]
-            for group, row in zip(groups, noises)
-        ]
-        for group, made in zip(groups, shrink(ratios, noises)):
-            for job, (ratio, error) in zip(group, made):
-                value = diagonal[job] * math.exp(ratio)
-                row = damages[job]
-                row.update(value=value, low=value * math.exp(-1.96 * error), high=value * math.exp(1.96 * error))
-
-    def _diagonal(self, key: str, delta: Tensor) -> float:
-        left, right = (self.energy[key, side] for side in ("rows", "columns"))
-        step = max(1, PIECE // delta.shape[1])
-        parts = zip(left.split(step), delta.split(step))
-        return sum((rows @ (piece.float().square() @ right)).item() for rows, piece in parts) / self.rows**2
-
-    def _noise(self, job: int) -> float:
-        """The squared relative standard error of the mean of D^2."""
-        squares = torch.cat(self.moves[job]).square()
-        return (squares.var() / squares.mean().square()).item() / len(squares) if len(squares) > 1 else 2.0
+    def _spread(
+        self, jobs: Jobs, anchors: dict[int, int], damages: dict[int, dict[str, Any]], refused: dict[int, str], cheap: Spec
+    ) -> dict[int, str]:
+        """Add the jobs that an anchor stands for to `damages`; return why those that cannot be were refused."""
+        led = [job for job, anchor in anchors.items() if job != anchor]
+        needed = sorted({*led, *(anchors[job] for job in led)})
+        loss = losses(self.program, self.ctx, jobs, needed, cheap, self.energy)
+        reasons: dict[int, str] = {}
+        for job in led:
+            anchor = anchors[job]
+            if anchor in refused or job not in loss or anchor not in loss:
+                reasons[job] = refused.get(anchor, "the cheap solver does not take it")
+                continue
+            ratio = loss[job] / loss[anchor] if loss[anchor] > 0 else 1.0
+            row = damages[anchor]
+            damages[job] = {**row, **{key: row[key] * ratio for key in ("value", "low", "high")}}
+        return reasons
 
     def _pass_over_samples(self) -> None:
         """A joint metric scores samples together, so a whole group of its size is one sample here, and a rest is left out."""
@@ -144,9 +129,9 @@ class Moves:
         with torch.enable_grad():
             log_p = self.metric.distribution(self.executor.run(batch, taps=taps), batch)
         self.rows += len(log_p)
-        for draw in range(self.options.draws):
-            labels = _sample(log_p.detach(), generator)
-            log_p.gather(1, labels).sum().backward(retain_graph=draw + 1 < self.options.draws)
+        for draw in range(self.draws):
+            labels = sample_labels(log_p.detach(), generator)
+            log_p.gather(1, labels).sum().backward(retain_graph=draw + 1 < self.draws)
             for job, moved in opened.items():
                 self.moves[job].append(moved)
             opened.clear()
@@ -203,16 +188,6 @@ class Moves:
         before = fed.args[0].meta.get("val") if fed.target is torch.ops.aten.reshape.default else None  # type: ignore[union-attr]
         rows = step.graph.inputs[0].shape[0]
         return before is not None and before.ndim > 2 and before.shape[0] == rows and value.shape[0] % samples == 0
-
-
-def _sample(log_p: Tensor, generator: torch.Generator) -> Tensor:
-    """One label a row, [rows, 1], by inverting the cumulative distribution: a random number a row instead of one a class."""
-    made = []
-    for rows in log_p.split(max(1, PIECE // 4 // log_p.shape[1])):
-        reached = rows.double().exp_().cumsum(-1)
-        drawn = torch.rand(len(rows), 1, dtype=torch.float64, device=rows.device, generator=generator)
-        made.append(torch.searchsorted(reached, drawn * reached[:, -1:], right=True).clamp_max(log_p.shape[1] - 1))
-    return torch.cat(made)
 
 
 def _first(batch: dict[str, Tensor]) -> Tensor:

@@ -16,9 +16,9 @@ Source: Fisher information as the Hessian of the KL; derived above.
 Cost: a forward and `draws` backwards over the samples, each with one product of every weight's size; one dot product an option.
 Refuses: options that neither change a weight nor remove a branch, with a remark.
 
-Weights are quantized by the cheap `solver` whatever the option names (none: by its own). Figures are predictions: `calibrate`
-fits them to a few measured ones. The relative standard error of each is about sqrt(2 / (samples * draws)), so the options of a
-site are `pooled`: each is shrunk towards what its site's options say together, as far as their noise explains that they differ.
+A site's numeric formats by one solver differ in little but how much of the weight they lose, so only the one of middle width is
+solved and moved (its anchor); the others' figures follow from it by sum dW_nk^2 E[g_n^2] E[x_k^2], with dW by the cheap `solver`.
+`solver=none` moves each option by itself. A figure's relative standard error is about sqrt(2 / (samples * draws)).
 """
 
 from __future__ import annotations
@@ -45,12 +45,11 @@ class Fisher(AnalysisPass):
     provides: ClassVar[tuple[str, ...]] = ("damage", "fisher")
 
     tokens: int = 16384
-    draws: int = 1
+    draws: int | None = None  # 1, or 8 of a joint metric, whose groups are few
     solver: Spec | None = field(default=Spec.parse("rtn{steps=6,refits=0}"))
-    pooled: bool = True
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or self.draws < 1:
+        if self.tokens < 1 or (self.draws is not None and self.draws < 1):
             raise BadPlan(f"fisher needs at least one token and one draw, not {self.tokens} and {self.draws}")
 
     def run(self, program: Program, ctx: Context) -> Iterator[tuple[str, Spec, Damage] | tuple[str, Score]]:

@@ -8,8 +8,12 @@ part of its error that no later column can take up. H is damped channel by chann
 follow: each group's scale, then each code, moves to its optimum given all the others. Weights of dead channels (H_kk = 0)
 are rounded, not zeroed.
 
-Source: GPTQ (METHODS 3.1) in LDLQ's form, with the changes above.
-Cost: a float64 Cholesky of K x K and (1 + 2 rounds) N K^2 multiply-adds.
+Two more take the whole model into account. Tokens count by how much the model's outputs depend on them (`importance`;
+GuidedQuant, arXiv 2505.07004). And behind compressed layers a weight is first moved to make up for the drift d of its inputs,
+W <- W + drift W E[d x^T] H^-1, which is the least-squares fit to the dense model's output (GPTAQ, arXiv 2504.02692).
+
+Source: as named.
+Cost: a float64 Cholesky of K x K, a solve with it, and (1 + 2 rounds) N K^2 multiply-adds.
 Refuses: no input statistics; NaN or infinite weights; an H that is not positive definite at any damping.
 """
 
@@ -26,7 +30,7 @@ from lwcompile.contract import Solver
 from lwcompile.errors import BadInput, BadPlan
 from lwcompile.formats import NumericFormat, QuantizedTensor
 from lwcompile.passes.solve._grid import check_search, checked, fit_grid
-from lwcompile.stats import InputStats
+from lwcompile.stats import InputStats, Wanted
 
 ROWS = 4096
 """Rows solved at a time (they are independent), so that a block of errors stays in cache."""
@@ -39,7 +43,8 @@ class Gptq(Solver):
     `damp` times the mean of H's diagonal is added to it (ten times as much while H is not positive definite), and
     `channel_damp` times each channel's own energy: correlations seen on few tokens are trusted less. `act_order` takes
     columns by falling energy; `block` columns share one update of the rest; `steps`, `shrink` and `refits` are the range
-    search of round-to-nearest; `rounds` of coordinate descent polish the result.
+    search of round-to-nearest; `rounds` of coordinate descent polish the result. `importance` is the power of the tokens'
+    weights (0: all alike), `drift` the share of the drift that is made up for.
     """
 
     name: ClassVar[str] = "gptq"
@@ -52,11 +57,19 @@ class Gptq(Solver):
     shrink: float = 0.4
     refits: int = 2
     rounds: int = 2
+    importance: float = 0.5
+    drift: float = 0.5
 
     def __post_init__(self) -> None:
         check_search(self.steps, self.shrink, self.refits)
         if not 0 < self.damp <= 1 or self.channel_damp < 0 or self.block < 1 or self.rounds < 0:
             raise BadPlan(f"gptq needs 0 < damp <= 1, channel_damp >= 0, block >= 1 and rounds >= 0, not {self}")
+        if not (0 <= self.importance <= 1 and 0 <= self.drift <= 1):
+            raise BadPlan(f"gptq takes importance and drift between 0 and 1, not {self.importance:g} and {self.drift:g}")
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.importance, self.drift > 0)
 
     def solve(self, weight: Tensor, format: NumericFormat, stats: InputStats | None) -> QuantizedTensor:
         weight = checked(weight)
@@ -66,6 +79,8 @@ class Gptq(Solver):
             raise BadInput(f"the input statistics have {stats.features} channels, the weight takes {weight.shape[1]}")
         factors = _factors(stats, stats.weight, self.damp, self.channel_damp, self.act_order)
         order, hessian, feedback, pivots = (part.to(weight.device) for part in factors)
+        if stats.drift is not None and self.drift:
+            weight = weight + self.drift * weight @ _makeup(stats, stats.weight, hessian, order)
         importance = torch.empty_like(pivots)
         importance[order] = pivots
         scale, zero = fit_grid(weight, format, importance, self.steps, self.shrink, self.refits)
@@ -155,6 +170,15 @@ def _factors(
     energy = hessian.diagonal()
     order = energy.argsort(descending=True, stable=True) if act_order else torch.arange(len(energy), device=energy.device)
     return order, *factorize(hessian[order][:, order], damp, channel_damp)
+
+
+@lru_cache(maxsize=2)
+def _makeup(stats: InputStats, seen: float, hessian: Tensor, order: Tensor) -> Tensor:
+    """E[d x^T] H^-1 [K, K] float32, with the damped H in that order of columns; d is the dense inputs less the present ones."""
+    assert stats.drift is not None
+    back = order.argsort()
+    damped = hessian[back][:, back].double()
+    return torch.linalg.solve(damped, stats.drift.double().T).T.float().contiguous()
 
 
 def factorize(hessian: Tensor, damp: float, channel_damp: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

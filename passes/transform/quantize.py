@@ -95,7 +95,7 @@ class Quantize(TransformPass):
     def _solve(self, graph: ModelGraph, site: Site, ctx: Context) -> dict[str, torch.Tensor]:
         assert site.weight is not None
         solver: Solver = make("solvers", self.solver)
-        stats = ctx.stats_of(graph, site) if solver.needs_hessian or ctx.prefix is not None else None
+        stats = ctx.stats_of(graph, site, solver.wanted) if solver.needs_hessian or ctx.prefix is not None else None
         if stats is None and solver.needs_hessian and site.kind == "embedding":
             stats = InputStats(site.shape[1])  # a row that is looked up counts by its squared error alone: H is the identity
             stats.update(torch.eye(site.shape[1]))
