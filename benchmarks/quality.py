@@ -1,10 +1,11 @@
 """Damage at equal bytes: uniform GPTQ beside our plan, everything stored counted.
 
-    python -m benchmarks.quality --calibration debian-reference/ --evaluation gpl3=GPL-3 --evaluation NAME=FILE ...
+    python -m benchmarks.quality --calibration debian-reference.txt --evaluation gpl3=GPL-3 --evaluation NAME=FILE ...
 
 Calibration text shares nothing with the evaluation texts (checked), and nothing is tuned to those. Uniform GPTQ is 4 bits at group
-64 throughout, or 3 bits with a 4-bit embedding and head; it is asymmetric, with act-order and the clip search, calibrated on the
-same tokens in the same run. Our plan gets exactly its bytes.
+64 throughout, or 3 bits with a 4-bit embedding and head: asymmetric, with act-order and the clip search, true-sequential, each
+token counted alike. Beside it stands the same plan by our solver, so that what the solver gains and what the plan gains are told
+apart. All three see the same tokens in the same run, and ours gets exactly the uniform plan's bytes.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.models import digits, program
 from lwcompile.budget import Budget
+from lwcompile.damage import Estimate
 from lwcompile.pipeline import Settings, session
 from lwcompile.plans import Plan
+from lwcompile.program import Program
 from lwcompile.progress import terminal_progress
 from lwcompile.recipe import Recipe
 from lwcompile.session import Session
@@ -27,6 +32,26 @@ from lwcompile.spec import Spec
 
 UNIFORM = {"4.3 bits": (4, 4), "3.5 bits": (3, 4)}
 """Label -> bits of the body, and of embedding and head."""
+TEXTBOOK = Spec.parse("gptq{channel_damp=0.0,rounds=0,importance=0.0,drift=0.0}")
+
+
+@dataclass
+class Bench:
+    """One model: its recipe (with the calibration set) and where its damage is measured."""
+
+    name: str
+    dense: Program
+    recipe: Recipe
+    evaluations: Mapping[str, Mapping[str, Any]]
+    run_dir: Path
+
+    def session(self, **changes: Any) -> Session:
+        settings = Settings(recipe=self.recipe.with_(**changes), backend="program", run_dir=self.run_dir / self.name)
+        return session(self.dense, settings, terminal_progress())
+
+    def measure(self, compressed: Program) -> dict[str, Estimate]:
+        """The damage on each evaluation set."""
+        return {text: self.session(evaluation=data).measure(compressed)["damage"] for text, data in self.evaluations.items()}
 
 
 def uniform(run: Session, body: int, ends: int) -> Plan:
@@ -45,39 +70,62 @@ def uniform(run: Session, body: int, ends: int) -> Plan:
     return Plan(choices, Budget(), unit=run.metric.unit).replace(predicted=found.damage, bytes=found.bytes)
 
 
-def compare(name: str, recipe: Recipe, evaluations: dict[str, dict[str, Any]], run_dir: Path) -> list[dict[str, Any]]:
-    dense = program(name)
+def solved_by(plan: Plan, solver: Spec) -> Plan:
+    """The same formats, their values found by another solver."""
+
+    def change(option: Spec) -> Spec:
+        return Spec(option.name, (*(a for a in option.args if a[0] != "solver"), ("solver", solver)))
+
+    return plan.replace(choices={id: tuple(change(o) for o in options) for id, options in plan.choices.items()})
+
+
+def compare(bench: Bench, points: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    base = session(dense, Settings(recipe=recipe, backend="program", run_dir=run_dir / name), terminal_progress())
-    for label, (body, ends) in UNIFORM.items():
+    base = bench.session()
+    for label, (body, ends) in points.items():
         plain = uniform(base, body, ends)
         started = time.perf_counter()
         ours = base.plan(Budget(bytes=plain.bytes))
         planned = time.perf_counter() - started
-        programs = {"uniform GPTQ": base.compress(plain), "ours": base.compress(ours)}
-        for text, data in evaluations.items():
-            measured: dict[str, Any] = {}
-            for who, compressed in programs.items():
-                other = session(dense, Settings(recipe=recipe.with_(evaluation=data), backend="program", run_dir=run_dir / name))
-                other.__dict__.update({k: v for k, v in base.__dict__.items() if k in ("structure", "context", "dense")})
-                measured[who] = other.measure(compressed)["damage"]
-            u, o = measured["uniform GPTQ"], measured["ours"]
+        plans = {"uniform GPTQ": solved_by(plain, TEXTBOOK), "uniform, our solver": plain, "our plan": ours}
+        found = {who: bench.measure(base.compress(plan)) for who, plan in plans.items()}
+        for text in bench.evaluations:
+            textbook, solver, plan = (found[who][text] for who in plans)
             rows.append({
-                "model": name, "point": label, "text": text, "bits": 8 * (plain.bytes or 0) / base.table.parameters,
-                "bytes": plain.bytes, "our bytes": ours.bytes, "uniform": u.to_json(), "ours": o.to_json(),
-                "ratio": o.mean / u.mean, "predicted": ours.predicted, "planning seconds": planned,
+                "model": bench.name, "point": label, "text": text, "bits": 8 * (plain.bytes or 0) / base.table.parameters,
+                "bytes": plain.bytes, "our bytes": ours.bytes, **{who: found[who][text].to_json() for who in plans},
+                "ratio": plan.mean / textbook.mean, "predicted": ours.predicted, "planning seconds": planned,
             })  # fmt: skip
             print(
-                f"{name:8} {label:9} {text:12} {plain.bytes / 1e6:7.2f} MB  uniform {u.mean:.4f} [{u.low:.4f}, {u.high:.4f}]  "
-                f"ours {o.mean:.4f} [{o.low:.4f}, {o.high:.4f}]  ratio {o.mean / u.mean:.2f}  ({ours.bytes / 1e6:.2f} MB)",
+                f"{bench.name:8} {label:9} {text:12} {plain.bytes / 1e6:7.2f} MB ({ours.bytes / 1e6:.2f})  "
+                f"uniform GPTQ {textbook.mean:.4f} [{textbook.low:.4f}, {textbook.high:.4f}]  our solver {solver.mean:.4f}  "
+                f"our plan {plan.mean:.4f} [{plan.low:.4f}, {plan.high:.4f}]  ratio {plan.mean / textbook.mean:.2f}",
                 flush=True,
             )
     return rows
 
 
+def bench(name: str, recipe: Recipe, options: argparse.Namespace, pictures: tuple[Path, Path]) -> Bench:
+    texts = dict(item.split("=", 1) for item in options.evaluation)
+    if name == "dinov2":
+        recipe = recipe.with_(calibration={"dataset": str(pictures[0]), "samples": 256})
+        evaluations: dict[str, Any] = {"digits": {"dataset": str(pictures[1]), "samples": 512}}
+    elif name == "minilm":
+        recipe = recipe.with_(calibration={"dataset": options.calibration, "samples": 512, "seqlen": 32})
+        evaluations = {t: {"dataset": path, "samples": 192, "seqlen": 32, "order": "sequential"} for t, path in texts.items()}
+    else:
+        recipe = recipe.with_(calibration={"dataset": options.calibration, "samples": 64, "seqlen": 256})
+        samples = max(options.tokens // 256, 1)
+        evaluations = {
+            t: {"dataset": path, "samples": samples, "seqlen": 256, "order": "sequential"} for t, path in texts.items()
+        }
+    return Bench(name, program(name), recipe, evaluations, options.run_dir)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=["twin", "minilm", "dinov2", "smollm2"])
+    parser.add_argument("--points", nargs="*", default=list(UNIFORM), choices=list(UNIFORM))
     parser.add_argument("--recipe", default="quality")
     parser.add_argument("--calibration", help="text file or folder; default: the recipe's")
     parser.add_argument("--evaluation", action="append", default=[], metavar="NAME=FILE")
@@ -85,26 +133,14 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=Path("lwcompile-runs/quality"))
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
-    texts = dict(item.split("=", 1) for item in options.evaluation)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        calibration_images, evaluation_images = digits(Path(scratch))
+        pictures = digits(Path(scratch))
         for name in options.models:
-            recipe = Recipe.find(options.recipe)
-            if name == "dinov2":
-                recipe = recipe.with_(calibration={"dataset": str(calibration_images), "samples": 256})
-                evaluations = {"digits": {"dataset": str(evaluation_images), "samples": 512}}
-            else:
-                recipe = recipe.with_(calibration={"dataset": options.calibration, "samples": 64, "seqlen": 256})
-                samples = max(options.tokens // 256, 1)
-                shape = {"samples": samples, "seqlen": 256, "order": "sequential"}
-                if name == "minilm":
-                    shape = {"samples": 256, "seqlen": 32, "order": "sequential"}
-                    recipe = recipe.with_(calibration={"samples": 512, "seqlen": 32})
-                evaluations = {text: {"dataset": path, **shape} for text, path in texts.items()}
-            rows += compare(name, recipe, evaluations, options.run_dir)
-    if options.out is not None:
-        options.out.write_text(json.dumps(rows, indent=1))
+            made = bench(name, Recipe.find(options.recipe), options, pictures)
+            rows += compare(made, {label: UNIFORM[label] for label in options.points})
+            if options.out is not None:
+                options.out.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
