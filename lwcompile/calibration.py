@@ -9,7 +9,7 @@ expect at sites that were not measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,6 +20,8 @@ from lwcompile.contract import Annotation, Damage
 from lwcompile.errors import BadInput
 
 K = TypeVar("K", bound=Hashable)
+S = TypeVar("S", bound=Hashable)
+Opt = TypeVar("Opt", bound=Hashable)
 Figures = Mapping[K, Annotation] | Mapping[K, float] | Mapping[K, Annotation | float]
 
 
@@ -68,6 +70,38 @@ def calibrate(scores: Figures[K], measured: Figures[K]) -> Calibration:
     others = [np.arange(len(x)) != i for i in range(len(x))]
     errors = [y[i] - np.polyval(_line(x[keep], y[keep]), x[i]) for i, keep in enumerate(others)]
     return Calibration(slope, intercept, logarithmic, float(np.sqrt(np.mean(np.square(errors)))), len(keys))
+
+
+def calibrate_options(scores: Mapping[S, float], measured: Mapping[tuple[S, Opt], float]) -> dict[Opt, Calibration]:
+    """Fit scores of sites to damages of options at some of them: one slope for all, and for each measured option its intercept.
+
+    The error is that of `calibrate`, over options that two sites were measured with. `BadInput` with fewer than three points.
+    """
+    points = [(s, o, math.log(value)) for (s, o), value in measured.items() if value > 0 and s in scores]
+    if len(points) < 3:
+        raise BadInput(f"a score is calibrated on at least 3 measured damages above 0, not {len(points)}: measure more sites")
+    logarithmic = all(scores[s] > 0 for s, _, _ in points)
+    rows = [(math.log(scores[s]) if logarithmic else scores[s], o, y) for s, o, y in points]
+    slope, intercepts = _lines(rows)
+    errors = []
+    for i, (x, o, y) in enumerate(rows):
+        others = rows[:i] + rows[i + 1 :]
+        if any(option == o for _, option, _ in others):
+            left, heights = _lines(others)
+            errors.append(y - left * x - heights[o])
+    error = float(np.sqrt(np.mean(np.square(errors)))) if errors else math.inf
+    return {o: Calibration(slope, height, logarithmic, error, len(rows)) for o, height in intercepts.items()}
+
+
+def _lines(rows: Sequence[tuple[float, Opt, float]]) -> tuple[float, dict[Opt, float]]:
+    """The common slope (at least 0) and each option's intercept, by least squares."""
+    groups: dict[Opt, list[tuple[float, float]]] = {}
+    for x, option, y in rows:
+        groups.setdefault(option, []).append((x, y))
+    means = {option: np.mean(members, axis=0) for option, members in groups.items()}
+    centred = np.array([np.subtract((x, y), means[option]) for x, option, y in rows])
+    slope, _ = _line(centred[:, 0], centred[:, 1])
+    return slope, {option: float(y - slope * x) for option, (x, y) in means.items()}
 
 
 def rank_correlation(scores: Figures[K], damages: Figures[K]) -> float:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from lwcompile.apply import apply_plan
 from lwcompile.budget import Budget
-from lwcompile.calibration import rank_correlation
 from lwcompile.choices import Offer, build_table, dense_bytes, groups_of, offer
 from lwcompile.context import Context, Progress, SilentProgress
 from lwcompile.contract import AnalysisPass, Backend, Damage, Score, TransformPass
@@ -37,6 +36,7 @@ from lwcompile.program import Program
 from lwcompile.recipe import Recipe
 from lwcompile.registry import make, plugins
 from lwcompile.rundir import RunDir, code_hash, content_key, short_hash, versions
+from lwcompile.scoring import analysis_reports, price_by_scores
 from lwcompile.spec import Spec
 from lwcompile.structure import Structure, find_structure
 from lwcompile.table import OptionTable
@@ -195,44 +195,15 @@ class Session:
             for site, value in annotations.items():
                 if isinstance(value, dict):
                     found.setdefault(site, {}).update(value)
+        for spec, annotations in self.annotations.items():
+            scores = {site: value for site, value in annotations.items() if isinstance(value, Score)}
+            if scores:
+                price_by_scores(ctx, self.dense, Spec.parse(spec).name, scores, found)
         return found
 
     def analysis_reports(self, plan: Plan | None = None) -> list[dict[str, Any]]:
-        """Each analysis with its cost and, where options were measured one by one too, how well it ranks them.
-
-        `spearman` is over the (site, option) pairs that both price, or over sites for an analysis that scores sites; `pairs` are
-        the predictions beside the measurements. `plan_predicted` is what the plan's choices add up to by this analysis alone.
-        """
-        truth = {
-            (site, option): damage.value
-            for found in self.annotations.values()
-            for site, value in found.items()
-            if isinstance(value, dict)
-            for option, damage in value.items()
-            if damage.measured
-        }
-        worst: dict[Any, float] = {}
-        for (site, _), value in truth.items():
-            worst[site] = max(worst.get(site, 0.0), value)
-        reports: list[dict[str, Any]] = []
-        for spec, found in self.annotations.items():
-            name = Spec.parse(spec).name
-            priced: dict[Any, float] = {
-                (s, o): d.value for s, v in found.items() if isinstance(v, dict) for o, d in v.items() if not d.measured
-            }
-            scored: dict[Any, float] = {s: v.value for s, v in found.items() if isinstance(v, Score)}
-            row: dict[str, Any] = {"name": name, "seconds": round(self.seconds.get(name, 0.0), 2)}
-            for mine, theirs in ((priced, truth), (scored, worst)):
-                if len(mine.keys() & theirs.keys()) >= 3:
-                    row["spearman"] = rank_correlation(mine, theirs)
-            pairs = [(k, v) for k, v in priced.items() if k in truth]
-            row["pairs"] = [{"site": s, "option": str(o), "predicted": v, "measured": truth[s, o]} for (s, o), v in pairs]
-            if plan is not None and priced:
-                chosen = [(site, option) for site, options in plan.choices.items() for option in options]
-                row["plan_predicted"] = sum(max(priced.get(key, 0.0), 0.0) for key in chosen)
-                row["plan_measured"] = plan.measured
-            reports.append(row)
-        return reports
+        """Each analysis with its cost, and how well it ranks and predicts: see `lwcompile.scoring`."""
+        return analysis_reports(self.annotations, self.seconds, plan)
 
     @cached_property
     def table(self) -> OptionTable:

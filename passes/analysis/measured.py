@@ -13,6 +13,7 @@ own key as soon as it is there, so a killed run goes on where it was.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -32,7 +33,9 @@ from lwcompile.spec import Spec
 class Measured(AnalysisPass):
     """Damage of each option in the metric's unit, on about `tokens` tokens of the calibration samples (none: all of them).
 
-    `only` names a transform: options of others are passed over, as after an analysis that predicts those well.
+    `only` names a transform: options of others are passed over, as after an analysis that predicts those well. `units` are how many
+    sites (or groups that go together) of each kind are measured, drawn by the seed: enough to turn other analyses' scores into
+    damages, or to judge their ranking.
     """
 
     name: ClassVar[str] = "measured"
@@ -40,14 +43,20 @@ class Measured(AnalysisPass):
 
     tokens: int | None = 4096
     only: str | None = None
+    units: int | None = None
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.tokens < 1:
             raise BadPlan(f"measured needs at least one token, not {self.tokens}")
+        if self.units is not None and self.units < 1:
+            raise BadPlan(f"measured needs at least one unit, not {self.units}")
 
     def run(self, program: Program, ctx: Context) -> Iterator[tuple[str, Spec, Damage]]:
-        trial, whole = _Trial(self, program, ctx), replace(self, only=None)
+        trial, whole = _Trial(self, program, ctx), replace(self, only=None, units=None)
         offers = [(unit, option) for unit, option in ctx.offers(program) if self.only in (None, option.name)]
+        if self.units is not None:
+            drawn = self._draw(program, ctx, [unit for unit, _ in offers])
+            offers = [(unit, option) for unit, option in offers if unit in drawn]
         digest, codes = program.digest(), {option: ctx.code_of(option) for option in {option for _, option in offers}}
         with ctx.progress.task(self.name, sum(trial.work(unit) for unit, _ in offers)) as task:
             for unit, option in offers:
@@ -59,6 +68,14 @@ class Measured(AnalysisPass):
                     continue
                 for id, damage in ctx.shares(program, unit, Damage(**found, measured=True)):
                     yield id, option, damage
+
+    def _draw(self, program: Program, ctx: Context, units: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
+        """`units` of each kind of site, at random."""
+        sites, by_kind = ctx.find_structure(program).sites, dict[str, list[tuple[str, ...]]]()
+        for unit in dict.fromkeys(units):
+            by_kind.setdefault(sites[unit[0]].kind, []).append(unit)
+        draw = random.Random(ctx.seed)
+        return {unit for kind in by_kind.values() for unit in draw.sample(kind, min(self.units or len(kind), len(kind)))}
 
 
 class _Trial:
