@@ -86,7 +86,7 @@ BAD: dict[str, tuple[Case, str]] = {
     "nan weights": (lambda f: [*nan_weights(f), *recipe(f)], "model.norm.weight holds 1 value"),
     "wrong recipe key": (
         lambda f: [*model(f), *recipe(f, "budget:", "bugdet:")],
-        "r.yaml:6: unknown key 'bugdet' (did you mean 'budget'?)",
+        "r.yaml:6: unknown key 'bugdet' (did you mean",
     ),
     "unknown pass": (lambda f: [*model(f), *recipe(f, "[measured]", "[mesured]")], "r.yaml:2: unknown pass 'mesured'"),
     "impossible budget": (lambda f: [*model(f), *recipe(f), "--max-size", "9KB"], "the smallest plan"),
