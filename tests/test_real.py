@@ -1,0 +1,112 @@
+"""The real models, where their wheels can be had: dropping against modules edited by hand, and files run by plain onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_drop import Nothing, Same, drop, outputs_differ
+from torch import Tensor
+
+from lwcompile import demo, pipeline
+from lwcompile.errors import BadInput
+from lwcompile.executor import Executor
+from lwcompile.program import Program
+from lwcompile.sources import Source, open_source
+from lwcompile.spec import Spec
+
+pytest.importorskip("transformers", reason="the models are transformers': install lwcompile[hf]")
+
+WHEELS: dict[str, Any] = {"smollm2": demo.demo_model, "minilm": demo.demo_encoder, "dinov2": demo.demo_vision}
+RECIPE = pipeline.Settings(recipe="fast").resolved().with_(
+    analyses=[Spec.parse("fisher{tokens=512}")],
+    options={"linear": [Spec.parse("quantize{bits=[4,8],group_size=64,solver=rtn}")]},
+    budget={"avg_bits": 20}, calibration={"samples": 32, "seqlen": 16},
+)  # fmt: skip
+
+
+def real(name: str) -> Source:
+    try:
+        path = WHEELS[name]()
+    except BadInput as error:
+        pytest.skip(str(error))
+    return open_source(path, image_size=84) if name == "dinov2" else open_source(path)
+
+
+def example(source: Source, rows: int = 2) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    if "pixel_values" in source.example_kwargs:
+        return {"pixel_values": torch.randn(rows, 3, 84, 84, generator=generator)}
+    ids = torch.randint(5, 20000, (rows, 24), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def by_hand(name: str, model: Any, attention: int, mlp: int) -> None:
+    """Take the attention of one layer and the MLP of another out of the module."""
+    if name == "smollm2":
+        model.model.layers[attention].self_attn, model.model.layers[mlp].mlp = Nothing(2), Nothing()
+    elif name == "minilm":
+        model.encoder.layer[attention].attention = Same(2)
+        model.encoder.layer[mlp].feed_forward_chunk = lambda attention_output: attention_output
+    else:
+        layers: Any = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 12)
+        tuple_ = isinstance(layers[attention].attention(torch.randn(1, 4, model.config.hidden_size)), tuple)
+        layers[attention].attention, layers[mlp].mlp = Nothing(2 if tuple_ else 1), Nothing()
+
+
+@pytest.mark.parametrize("name", WHEELS)
+def test_dropping_equals_the_real_module_with_it_removed(name):
+    source = real(name)
+    program, inputs = pipeline.capture(source), example(source)
+    dropped = drop(program, ["block4.attention", "block2.mlp"])
+    assert isinstance(source.model, torch.nn.Module)
+    by_hand(name, source.model, 4, 2)
+    given = {**inputs, "use_cache": False} if name == "smollm2" else inputs
+    assert outputs_differ(dropped, source.model, _in_order(dropped, given)) < 1e-5
+    assert outputs_differ(program, source.model, _in_order(program, given)) > 1e-4
+
+
+def _in_order(program: Program, given: dict[str, Any]) -> dict[str, Any]:
+    missing = [i.name for i in program.main.inputs if i.name not in given]
+    extra = {name: torch.zeros_like(given["input_ids"]) for name in missing}  # token types
+    return {**given, **extra}
+
+
+@pytest.mark.parametrize("name", ["minilm", "dinov2"])
+def test_a_real_encoder_comes_back_from_its_file(name, tmp_path):
+    """Weights at 4 and 8 bits, run by plain onnxruntime at shapes that were not traced, against the program."""
+    ort = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    source = real(name)
+    program = pipeline.capture(source if name == "dinov2" else WHEELS[name]())  # from its folder, with the tokenizer
+    inputs, recipe = example(source, rows=3), RECIPE
+    if name == "dinov2":
+        from safetensors.torch import save_file
+
+        for part, seed in (("calibration", 0), ("evaluation", 1)):
+            noise = torch.randn(64, 3, 84, 84, generator=torch.Generator().manual_seed(seed))
+            save_file({"pixel_values": noise}, tmp_path / f"{part}.safetensors")
+            recipe = recipe.with_(**{part: {"dataset": str(tmp_path / f"{part}.safetensors"), "samples": 32}})
+    result = pipeline.export(program, tmp_path / "out" / "model.onnx", recipe=recipe, run_dir=tmp_path / "run")
+    assert result.path is not None and result.report.data["parity"]["errors"]
+    onnx.checker.check_model(str(result.path))
+    run = ort.InferenceSession(str(result.path), providers=["CPUExecutionProvider"])
+    feeds = {i.name: _in_order(program, inputs)[i.name].numpy() for i in run.get_inputs()}
+    with torch.no_grad():
+        wanted = Executor(result.program).run(_in_order(program, inputs))
+    for output, made in zip(run.get_outputs(), run.run(None, feeds)):
+        reference = wanted[output.name].numpy()
+        # matrix products may take their activations in int8
+        assert np.abs(made - reference).max() < 0.03 * np.abs(reference).max()
+    assert {p.name for p in Path(tmp_path / "out").iterdir()} >= {
+        "model.onnx",
+        "manifest.json",
+        "README.md",
+        "LICENSE",
+        "plan.yaml",
+    }
