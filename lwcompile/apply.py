@@ -1,5 +1,5 @@
 """Applying a plan: structure first, then numeric formats in the order the program runs, each layer calibrated on what the
-compressed layers before it put out (true-sequential, METHODS 3.1).
+compressed layers before it put out (true-sequential, arXiv 2210.17323).
 
 Both halves go through the manager, so that each is a transaction that the verifier has seen.
 """

@@ -60,7 +60,7 @@ class InputStats:
 
     @property
     def hessian(self) -> Tensor:
-        """H = (2/n) sum_t w_t x_t x_t^T, [K, K], n the sum of the token weights: METHODS 3.1."""
+        """H = (2/n) sum_t w_t x_t x_t^T, [K, K], n the sum of the token weights (arXiv 2210.17323)."""
         return self._gram * (2 / self._seen())
 
     @property

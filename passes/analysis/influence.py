@@ -5,9 +5,9 @@
 
 with a the stream before a block or sublayer and b after it, norm and residual included: b = a + f(norm(a)).
 
-Source: ShortGPT BI (METHODS 1.2), LLM-Drop for sublayers (1.3), LIM (1.1, blocks only). Cosines in float32.
+Source: ShortGPT (arXiv 2403.03853), LLM-Drop for sublayers (2406.15786), LIM (2406.17415, blocks). Cosines in float32.
 Cost: one forward. Higher: touching it hurts more. Refuses: a model without a residual stream.
-Caution: cosine misses growth of the norm, and the first and last blocks always score high (METHODS 4.2).
+Caution: cosine misses growth of the norm, and the first and last blocks always score high.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     damage(site, option) = metric(dense outputs, outputs of the model with this option at this site alone)
 
-Source: the reference that all cheaper scores are judged by (METHODS 4.3 point 6, 4.4).
+Source: the reference that all cheaper scores are judged by.
 Cost: for an option at a site in block k, one forward of blocks k.. over the samples: about half a forward each on average. Values
 at the blocks' boundaries and the dense outputs are kept in bounded memory, the rest of them in files.
 Refuses: nothing; an option that its transform refuses is remarked and gets no damage.

@@ -5,7 +5,7 @@
 over all matrices of a block, or of a sublayer, together, and over each linear and embedding by itself. Smaller zd counts as more
 important, so the score is -zd.
 
-Source: "Layer-Wise Quantization" (arXiv 2406.17415, METHODS 1.1; the published definition is one-sided).
+Source: "Layer-Wise Quantization" (arXiv 2406.17415; the published definition is one-sided).
 Cost: one look at the weights, no data. Refuses: nothing.
 """
 

@@ -1,6 +1,6 @@
 """HQQ: w [N, K] -> codes on min-max scales with zero points that minimise sum |w - q|_p^p, p < 1, without any data.
 
-Source: half-quadratic quantization (Badri and Shaji, 2023; METHODS 3.2). It alternates a shrinkage that lets outliers be,
+Source: half-quadratic quantization (Badri and Shaji, 2023). It alternates a shrinkage that lets outliers be,
 e = sign(r) relu(|r| - |r|^(p-1) / beta) of the residual r = w - q, with the zero point that is best for the rest,
 z = mean(code - (w - e) / scale); beta grows by kappa. Where the zero point is a code, or absent, rounding would undo most
 of that, so the scale is optimised along with it, by the same steps. Each group keeps its best iterate.

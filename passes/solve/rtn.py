@@ -1,6 +1,6 @@
 """Round to nearest: w [N, K] -> the nearest code of a grid whose range is searched, group by group.
 
-Source: the range search of GPTQ and AWQ (METHODS 3.1, 3.3), with squared error weighted by each input channel's energy
+Source: the range search of GPTQ and AWQ (arXiv 2210.17323, 2306.00978), with squared error weighted by each input channel's energy
 when input statistics are given, and least-squares refits of scale and zero point.
 Cost: `steps` passes over the weight; milliseconds for 576x1536, about 3 s for 49152x576 on 2 cores.
 Refuses: NaN or infinite weights.

@@ -4,7 +4,7 @@
     x' = norm(x + f(x))      ->  x' = x       (post-norm: the norm goes with its sublayer)
     x' = x + f(x) + g(x)     ->  x' = x + g(x)
 
-Source: LLM-Drop (METHODS 1.3, with the norm dropped together with its sublayer), ShortGPT (1.2) for blocks.
+Source: LLM-Drop (arXiv 2406.15786; the norm goes with its sublayer), ShortGPT (arXiv 2403.03853) for blocks.
 Cost: none; the branch's nodes and weights are gone.
 Refuses: one of several parallel branches under one post-norm, and a branch that is read outside its residual add.
 """

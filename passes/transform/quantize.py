@@ -5,7 +5,7 @@
 
 Every call that reads the tensor changes with it, so tied embeddings and heads stay tied.
 
-Source: affine grids by group; the values are found by a solver (METHODS 3.1 GPTQ, 3.2 HQQ, round to nearest).
+Source: affine grids by group; the values are found by a solver (GPTQ, HQQ, round to nearest, or a plugin's).
 Cost: the solver's, once per tensor.
 Refuses: a tensor that is not a matrix, holds NaN, or is read by anything but linears and embeddings.
 """
