@@ -94,7 +94,9 @@ def estimate(program: Program, *, folder: str | Path = ".", **settings: Any) -> 
         tries = sum(offered[site.id] * site.shape[0] * site.shape[1] for site in linears)
         seconds[spec.name] = forwards * flops * calibration / speed + 100.0 * tries / speed
     solving = sum(site.shape[1] ** 3 + 2.0 * site.shape[0] * site.shape[1] ** 2 for site in linears)
-    seconds["compressing"] = 2.0 * flops * calibration / speed + 8.0 * solving / speed
+    moments = sum(site.shape[1] ** 2 for site in linears)
+    seconds["importance of tokens"] = FORWARDS * flops * calibration / speed
+    seconds["compressing"] = 2.0 * (flops + moments) * calibration / speed + 8.0 * solving / speed
     seconds["measuring"] = 2.0 * flops * held_out / speed
     dense = program.nbytes()
     seconds["writing"] = 5.0 + dense / 2e7
@@ -102,7 +104,8 @@ def estimate(program: Program, *, folder: str | Path = ".", **settings: Any) -> 
     rows = max((site.shape[0] for site in sites if site.shape), default=0)
     widest = max((site.shape[1] for site in linears), default=0)
     logits = 3 * BATCH * recipe.calibration.seqlen * rows * 4
-    memory = PROCESS + 2 * dense + logits + 4 * widest * widest * 8
+    scoring = 4 * moments + int(1.5 * dense)  # every layer's statistics, solved weights and their differences
+    memory = PROCESS + 2 * dense + logits + scoring + 4 * widest * widest * 8
     budget = recipe.budget.max_bytes(program.parameter_count()) or dense
     place = wished.run_dir or RunDir.default_root()
     return Estimate(
