@@ -104,7 +104,7 @@ def estimate(program: Program, *, folder: str | Path = ".", **settings: Any) -> 
     rows = max((site.shape[0] for site in sites if site.shape), default=0)
     widest = max((site.shape[1] for site in linears), default=0)
     logits = 3 * BATCH * recipe.calibration.seqlen * rows * 4
-    scoring = 4 * moments + int(1.5 * dense)  # every layer's statistics, solved weights and their differences
+    scoring = 4 * moments + 3 * dense + 32 * calibration * widest  # every layer's statistics and solved weights; live values
     memory = PROCESS + 2 * dense + logits + scoring + 4 * widest * widest * 8
     budget = recipe.budget.max_bytes(program.parameter_count()) or dense
     place = wished.run_dir or RunDir.default_root()
