@@ -1,6 +1,6 @@
 """The ONNX file on its real bytes: ours at a size, and onnxruntime's own 4-bit quantizer beside it, both run by onnxruntime.
 
-    python -m benchmarks.onnx_quality --max-size 80MB --calibration debian-reference.txt --evaluation gpl3=GPL-3 ...
+    python -m benchmarks.texts texts && python -m benchmarks.onnx_quality --max-size 80MB --texts texts
 
 onnxruntime's quantizer (round to nearest, blocks of 64, asymmetric) gets the same dense file that ours starts from; it leaves an
 embedding that the head shares in float32. Damage is KL(dense || file) over windows of 256 tokens, the dense model run by torch in float32.
@@ -23,6 +23,7 @@ import torch
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 from torch import Tensor
 
+from benchmarks import texts as texts_of
 from lwcompile import pipeline
 from lwcompile.budget import parse_size
 from lwcompile.damage import Estimate, evaluate
@@ -76,8 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-size", default="80MB")
     parser.add_argument("--recipe", default="quality")
-    parser.add_argument("--calibration")
-    parser.add_argument("--evaluation", action="append", default=[], metavar="NAME=FILE")
+    texts_of.arguments(parser)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--folder", type=Path, default=Path("lwcompile-runs/onnx-quality"))
     parser.add_argument("--out", type=Path)
@@ -91,13 +91,13 @@ def main() -> None:
     started = time.perf_counter()
     ours = pipeline.export(
         dense, folder / "ours" / "model.onnx", recipe=options.recipe, max_bytes=parse_size(options.max_size),
-        dataset=options.calibration, samples=64, seqlen=256, run_dir=folder / "run", progress=terminal_progress(),
+        dataset=texts_of.calibration(options.texts), samples=64, seqlen=256, run_dir=folder / "run", progress=terminal_progress(),
     )  # fmt: skip
     assert ours.path is not None
     files[f"lwcompile at {options.max_size}"] = ours.path
     print(f"exported in {time.perf_counter() - started:.0f} s", flush=True)
     rows: list[dict[str, Any]] = []
-    for text, path in (item.split("=", 1) for item in options.evaluation):
+    for text, path in texts_of.evaluations(options.texts).items():
         data = {"dataset": path, "samples": max(options.tokens // 256, 1), "seqlen": 256, "order": "sequential"}
         for name, file in files.items():
             found = measure(dense, file, data, options.recipe)

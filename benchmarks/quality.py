@@ -1,9 +1,9 @@
 """Damage at equal bytes: uniform GPTQ beside our plan, everything stored counted.
 
-    python -m benchmarks.quality --calibration debian-reference.txt --evaluation gpl3=GPL-3 --evaluation NAME=FILE ...
+    python -m benchmarks.texts texts && python -m benchmarks.quality --texts texts
 
-Calibration text shares nothing with the evaluation texts (checked), and nothing is tuned to those. Uniform GPTQ is 4 bits at group
-64 throughout, or 3 bits with a 4-bit embedding and head: asymmetric, with act-order and the clip search, true-sequential, each
+Calibration text shares nothing with the evaluation texts (checked), and nothing is tuned to those. Uniform GPTQ at group 64 is
+4 bits throughout, or 3 bits with a 4-bit embedding and head: asymmetric, with act-order and the clip search, true-sequential, each
 token counted alike. Beside it stands the same plan by our solver, so that what the solver gains and what the plan gains are told
 apart. All three see the same tokens in the same run, and ours gets exactly the uniform plan's bytes.
 """
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import texts as texts_of
 from benchmarks.models import digits, program
 from lwcompile.budget import Budget
 from lwcompile.damage import Estimate
@@ -30,7 +31,7 @@ from lwcompile.recipe import Recipe
 from lwcompile.session import Session
 from lwcompile.spec import Spec
 
-UNIFORM = {"4.3 bits": (4, 4), "3.5 bits": (3, 4)}
+UNIFORM = {"4 bits": (4, 4), "3 bits": (3, 4)}
 """Label -> bits of the body, and of embedding and head."""
 TEXTBOOK = Spec.parse("gptq{channel_damp=0.0,rounds=0,importance=0.0,drift=0.0}")
 
@@ -106,15 +107,15 @@ def compare(bench: Bench, points: Mapping[str, tuple[int, int]]) -> list[dict[st
 
 
 def bench(name: str, recipe: Recipe, options: argparse.Namespace, pictures: tuple[Path, Path]) -> Bench:
-    texts = dict(item.split("=", 1) for item in options.evaluation)
+    calibration, texts = texts_of.calibration(options.texts), texts_of.evaluations(options.texts)
     if name == "dinov2":
         recipe = recipe.with_(calibration={"dataset": str(pictures[0]), "samples": 256})
         evaluations: dict[str, Any] = {"digits": {"dataset": str(pictures[1]), "samples": 512}}
     elif name == "minilm":
-        recipe = recipe.with_(calibration={"dataset": options.calibration, "samples": 512, "seqlen": 32})
+        recipe = recipe.with_(calibration={"dataset": calibration, "samples": 512, "seqlen": 32})
         evaluations = {t: {"dataset": path, "samples": 192, "seqlen": 32, "order": "sequential"} for t, path in texts.items()}
     else:
-        recipe = recipe.with_(calibration={"dataset": options.calibration, "samples": 64, "seqlen": 256})
+        recipe = recipe.with_(calibration={"dataset": calibration, "samples": 64, "seqlen": 256})
         samples = max(options.tokens // 256, 1)
         evaluations = {
             t: {"dataset": path, "samples": samples, "seqlen": 256, "order": "sequential"} for t, path in texts.items()
@@ -127,8 +128,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["twin", "minilm", "dinov2", "smollm2"])
     parser.add_argument("--points", nargs="*", default=list(UNIFORM), choices=list(UNIFORM))
     parser.add_argument("--recipe", default="quality")
-    parser.add_argument("--calibration", help="text file or folder; default: the recipe's")
-    parser.add_argument("--evaluation", action="append", default=[], metavar="NAME=FILE")
+    texts_of.arguments(parser)
     parser.add_argument("--tokens", type=int, default=2048, help="evaluated in windows of 256")
     parser.add_argument("--run-dir", type=Path, default=Path("lwcompile-runs/quality"))
     parser.add_argument("--out", type=Path, help="write the rows as JSON")

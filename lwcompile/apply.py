@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lwcompile.contract import TransformPass
+from lwcompile.activations import moments
+from lwcompile.contract import TransformPass, Wanted
 from lwcompile.executor import Executor
 from lwcompile.manager import Manager, Step
 from lwcompile.memory import give_back
 from lwcompile.prefix import Cursor
 from lwcompile.registry import make
-from lwcompile.stats import InputStats, Wanted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lwcompile.program import Program
     from lwcompile.site import Site
     from lwcompile.spec import Spec
+    from lwcompile.stats import InputStats
     from lwcompile.structure import Structure
 
 
@@ -50,25 +51,22 @@ class SequentialPrefix:
         token = (executor.input_of(key), wanted)
         if self._last is None or self._last[0] != token:
             values = self.cursor.inputs_at([key])[key]
-            stats = InputStats(values[0].shape[-1], device=values[0].device)
-            weights = self.ctx.token_weights(site, wanted.importance, [value.shape[:-1] for value in values])
-            dense = self._dense_inputs(key, values) if wanted.drift else [None] * len(values)
-            for i, value in enumerate(values):
-                stats.update(value, weights[i], dense[i])
-            self._last = (token, stats)
+            dense = self._dense_inputs(site, key, values) if wanted.drift else None
+            self._last = (token, moments(self.ctx, site, values, wanted.importance, dense))
         return self._last[1]
 
-    def _dense_inputs(self, key: str, values: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """What the dense program feeds the same call; None where it has no such call, or feeds it other tokens."""
-        unknown = [None] * len(values)
+    def _dense_inputs(self, site: Site, key: str, values: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """What the dense program feeds the same call; None, with a note, where it has no such call or feeds it other tokens."""
         if self.ctx.program is None:
-            return unknown
+            return None
         if self._dense is None:
             self._dense = Cursor(self.ctx.program, self.ctx.batches(self.ctx.program), self.ctx.device)
-        if key not in self._dense.executor.index:
-            return unknown
-        found = self._dense.inputs_at([key])[key]
-        return found if all(a.shape == b.shape for a, b in zip(found, values)) else unknown
+        if key in self._dense.executor.index:
+            found = self._dense.inputs_at([key])[key]
+            if all(a.shape == b.shape for a, b in zip(found, values)):
+                return found
+        self.ctx.note("calibration", site.id, "the dense model feeds it other tokens: the drift of its inputs is not made up for")
+        return None
 
 
 def apply_plan(

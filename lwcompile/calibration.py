@@ -75,12 +75,14 @@ def calibrate(scores: Figures[K], measured: Figures[K]) -> Calibration:
 def calibrate_options(scores: Mapping[S, float], measured: Mapping[tuple[S, Opt], float]) -> dict[Opt, Calibration]:
     """Fit scores of sites to damages of options at some of them: one slope for all, and for each measured option its intercept.
 
-    The error is that of `calibrate`, over options that two sites were measured with. `BadInput` with fewer than three points.
+    The line is in the logarithm of the scores where all of them are positive, of the sites that were not measured too. The error
+    is that of `calibrate`, over options that two sites were measured with. `BadInput` with fewer than three points, or where no
+    option was measured at two sites.
     """
     points = [(s, o, math.log(value)) for (s, o), value in measured.items() if value > 0 and s in scores]
     if len(points) < 3:
         raise BadInput(f"a score is calibrated on at least 3 measured damages above 0, not {len(points)}: measure more sites")
-    logarithmic = all(scores[s] > 0 for s, _, _ in points)
+    logarithmic = all(score > 0 for score in scores.values())
     rows = [(math.log(scores[s]) if logarithmic else scores[s], o, y) for s, o, y in points]
     slope, intercepts = _lines(rows)
     errors = []
@@ -89,7 +91,9 @@ def calibrate_options(scores: Mapping[S, float], measured: Mapping[tuple[S, Opt]
         if any(option == o for _, option, _ in others):
             left, heights = _lines(others)
             errors.append(y - left * x - heights[o])
-    error = float(np.sqrt(np.mean(np.square(errors)))) if errors else math.inf
+    if not errors:
+        raise BadInput("a score is calibrated on options measured at two sites or more, and no option was: measure more sites")
+    error = float(np.sqrt(np.mean(np.square(errors))))
     return {o: Calibration(slope, height, logarithmic, error, len(rows)) for o, height in intercepts.items()}
 
 

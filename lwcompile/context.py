@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from lwcompile.contract import Backend, Damage, Pass, TransformPass
+from lwcompile.contract import Backend, Damage, Pass, TransformPass, Wanted
 from lwcompile.errors import BadInput, InternalError
 from lwcompile.progress import Progress, SilentProgress
 from lwcompile.rundir import code_hash, content_key, versions
-from lwcompile.site import SUBLAYER_KINDS, Site
+from lwcompile.site import Site
 from lwcompile.spec import KEEP, Spec
 from lwcompile.table import Group
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from lwcompile.graph import ModelGraph
     from lwcompile.metric import Metric
     from lwcompile.program import Program
-    from lwcompile.stats import InputStats, Wanted
+    from lwcompile.stats import InputStats
     from lwcompile.structure import Structure
 
 
@@ -125,6 +124,11 @@ class Context:
     def remark(self, by: str, site: str, kind: Literal["did", "refused", "note"], text: str, **numbers: float) -> None:
         self.remarks.append(Remark(by, site, kind, text, numbers))
 
+    def note(self, by: str, site: str, text: str) -> None:
+        """A remark that is made once, however often its cause comes up."""
+        if (made := Remark(by, site, "note", text)) not in self.remarks:
+            self.remarks.append(made)
+
     def once(self, token: Any, make: Callable[[], Any]) -> Any:
         """`make()`, or what it made before under this token in this run."""
         if token not in self.memo:
@@ -187,10 +191,9 @@ class Context:
         For a sublayer or block, x is the residual stream before it. All sites cost one pass over the model together. Where
         the caller edits the program between two sites, the later one sees what the edited earlier layers put out.
         """
-        import torch
+        from lwcompile.activations import activations
 
-        for site, _, parts in self._inputs(program, sites, tokens):
-            yield site, torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+        return activations(self, program, sites, tokens)
 
     def input_stats(
         self, program: Program | ModelGraph, sites: Iterable[Site], tokens: int | None = None, importance: float = 0.0
@@ -198,29 +201,9 @@ class Context:
         """Second moments of what each linear is fed, by site id; sites fed the same tensor share one object.
 
         Tokens weigh their importance to this power."""
-        from lwcompile.stats import Wanted
+        from lwcompile.activations import input_stats
 
-        found = self.each_stats(program, sites, Wanted(importance), tokens=tokens)
-        return {site.id: stats for site, (stats,) in found}
-
-    def each_stats(
-        self, program: Program | ModelGraph, sites: Iterable[Site], *wanted: Wanted, folds: int = 1, tokens: int | None = None
-    ) -> Iterator[tuple[Site, list[InputStats]]]:
-        """`input_stats` one site after the other, in the order of the program, for those who cannot hold all of them.
-
-        For each of `wanted` and each of `folds` parts of the samples one, the parts of the first `wanted` first.
-        """
-        from lwcompile.stats import InputStats
-
-        last: tuple[str, list[InputStats]] | None = None
-        for site, source, parts in self._inputs(program, sites, tokens):
-            if last is None or last[0] != source:
-                last = source, [InputStats(parts[0].shape[-1], device=parts[0].device) for _ in wanted for _ in range(folds)]
-                for k, one in enumerate(wanted):
-                    weights = self.token_weights(site, one.importance, [part.shape[:-1] for part in parts])
-                    for i, (part, weight) in enumerate(zip(parts, weights)):
-                        last[1][k * folds + i % folds].update(part, weight)
-            yield site, last[1]
+        return input_stats(self, program, sites, tokens, importance)
 
     def stats_of(self, graph: ModelGraph, site: Site, wanted: Wanted) -> InputStats | None:
         """What a solver may know of a weight's inputs: where a plan is applied those behind the compressed layers (`prefix`),
@@ -228,76 +211,9 @@ class Context:
 
         A tied embedding is known by the inputs of its head, in the dense program; an untied one has none.
         """
-        if self.prefix is not None and (found := self.prefix.stats(site, wanted)) is not None:
-            return found
-        stats = self.stats.setdefault(wanted.importance, {})
-        if site.id not in stats:
-            known = self.structure.sites if self.structure is not None else {site.id: site}
-            tied = next((ids for ids in (self.structure.tied if self.structure is not None else []) if site.id in ids), ())
-            asked = known if self.prefix is None else (site.id, *tied)
-            linears = [known[id] for id in asked if id in known and known[id].kind == "linear" and id not in stats]
-            dense = self.program if self.program is not None else graph
-            stats.update(self.input_stats(dense, linears, importance=wanted.importance))
-            stats.setdefault(site.id, next((stats[id] for id in tied if id in stats), None))
-        return stats[site.id]
+        from lwcompile.activations import stats_of
 
-    def token_weights(self, site: Site, power: float, shapes: Sequence[Sequence[int]]) -> Sequence[Tensor | None]:
-        """How much each calibration token counts at a linear, [...] for each of these shapes [...] of its input's batches.
-
-        Linears that are fed one tensor share their importance, summed. None where all tokens count alike: at power 0, where
-        the metric reads nothing of the layer, knows no distribution to draw labels from, or a router gathers the tokens.
-        """
-        if power == 0 or self.program is None or self.metric is None or not self.metric.predicts:
-            return [None] * len(shapes)
-        from lwcompile.importance import token_weights
-
-        found = self.importance().get(site.id)
-        sizes = [math.prod(shape) for shape in shapes]
-        taken = sum(shape[0] for shape in shapes) / len(self.need_calibration())  # of the samples, from the first on
-        if found is None or (len(found) != sum(sizes) and len(found) * taken != sum(sizes)):
-            return [None] * len(shapes)
-        found = found[: sum(sizes)]
-        return [part.view(*shape) for part, shape in zip(token_weights(found, power).split(sizes), shapes)]
-
-    def importance(self) -> Mapping[str, Tensor]:
-        """The importance of the calibration tokens at each linear of the dense program, by site id; computed once a run."""
-        program = self.program
-        if program is None:
-            raise InternalError("the importance of tokens is the dense program's, and the context has none")
-        if self.energies is None:
-            self.energies = self._importance(program)
-        return self.energies
-
-    def _importance(self, program: Program) -> dict[str, Tensor]:
-        from lwcompile import importance
-
-        code, given = code_hash(importance.token_importance), self.need_calibration().content_hash
-        key = content_key("importance", code, program.digest(), given, repr(self.metric), self.seed, versions())
-        stored = self.rundir.get_tensors(key) if self.rundir is not None else None
-        if stored is None:
-            sites = self.find_structure(program).of_kind("linear")
-            stored = importance.token_importance(program, sites, self)
-            if self.rundir is not None:
-                self.rundir.put_tensors(key, stored)
-        return stored
-
-    def _inputs(
-        self, program: Program | ModelGraph, sites: Iterable[Site], tokens: int | None
-    ) -> Iterator[tuple[Site, str, list[Tensor]]]:
-        """(site, key of what it is fed, its values batch by batch), in the order of the program."""
-        from lwcompile.prefix import Cursor
-
-        cursor = Cursor(program, self.batches(program, tokens=tokens), self.device)
-        executor, plan = cursor.executor, []
-        for site in sites:
-            key = executor.key(site)
-            if site.kind in ("block", *SUBLAYER_KINDS):
-                source = key.removesuffix(site.node) + site.skip
-                plan.append((executor.index.get(source, -1) + 1, site, source, ""))
-            else:
-                plan.append((executor.position(key), site, executor.input_of(key), key))
-        for _, site, source, key in sorted(plan, key=lambda item: item[0]):
-            yield site, source, cursor.inputs_at([key])[key] if key else cursor.values_of(source)
+        return stats_of(self, graph, site, wanted)
 
     # --- options
 
@@ -385,7 +301,3 @@ class Context:
             if self.rundir is not None:
                 self.rundir.put(key, found)
         return found
-
-
-def _first_input(cursor: Any) -> Callable[[str], list[Tensor]]:
-    return lambda key: cursor.inputs_at([key])[key]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lwcompile.plans import Plan
     from lwcompile.program import Program
     from lwcompile.site import Site
-    from lwcompile.stats import InputStats, Wanted
+    from lwcompile.stats import InputStats
     from lwcompile.table import OptionTable
 
 P = TypeVar("P", bound="Pass")
@@ -190,6 +190,18 @@ class TransformPass(Pass):
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """How a solver would have its statistics taken.
+
+    importance: tokens weigh their importance (`lwcompile.importance`) to this power; 0 takes all alike.
+    drift: beside the inputs behind compressed layers, what the dense model feeds at the same tokens.
+    """
+
+    importance: float = 0.0
+    drift: bool = False
+
+
+@dataclass(frozen=True)
 class Solver(Pass):
     """Finds the values of a numeric format for one weight."""
 
@@ -198,8 +210,6 @@ class Solver(Pass):
     @property
     def wanted(self) -> Wanted:
         """How the statistics it is given are taken."""
-        from lwcompile.stats import Wanted
-
         return Wanted()
 
     def solve(self, weight: Tensor, format: NumericFormat, stats: InputStats | None) -> QuantizedTensor:

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 from lwcompile.budget import format_size
 from lwcompile.errors import BadInput
 from lwcompile.progress import format_seconds
+from lwcompile.spec import Spec
 
 if TYPE_CHECKING:
+    from lwcompile.contract import Solver
     from lwcompile.program import Program
 
 FORWARDS = 3.0
@@ -87,16 +89,21 @@ def estimate(program: Program, *, folder: str | Path = ".", **settings: Any) -> 
     speed = flops_per_second()
     offered = {site.id: len(recipe.offered(site.id, site.kind)) for site in sites}
 
+    solvers = [solver for spec in {o for site in sites for o in recipe.offered(site.id, site.kind)} if (solver := _solver(spec))]
+    solving = sum(site.shape[1] ** 3 + 2.0 * site.shape[0] * site.shape[1] ** 2 for site in linears)
+    moments = sum(site.shape[1] ** 2 for site in linears)
+    fitting = 8.0 * solving / speed if any(solver.needs_hessian for solver in solvers) else 0.0
+
     seconds: dict[str, float] = {}
+    if any(solver.wanted.importance for solver in solvers):
+        seconds["importance of tokens"] = FORWARDS * flops * calibration / speed
     for spec in recipe.analyses:
         asked: Callable[[int, int], float] | None = getattr(make("passes", spec), "forwards", None)
         forwards = FORWARDS if asked is None else asked(len(offered), sum(offered.values()))
         tries = sum(offered[site.id] * site.shape[0] * site.shape[1] for site in linears)
-        seconds[spec.name] = forwards * flops * calibration / speed + 100.0 * tries / speed
-    solving = sum(site.shape[1] ** 3 + 2.0 * site.shape[0] * site.shape[1] ** 2 for site in linears)
-    moments = sum(site.shape[1] ** 2 for site in linears)
-    seconds["importance of tokens"] = FORWARDS * flops * calibration / speed
-    seconds["compressing"] = 2.0 * (flops + moments) * calibration / speed + 8.0 * solving / speed
+        seconds[spec.name] = forwards * flops * calibration / speed + 100.0 * tries / speed + fitting
+    passes = 2.0 if any(solver.wanted.drift for solver in solvers) else 1.0
+    seconds["compressing"] = (passes * flops + 2.0 * moments) * calibration / speed + fitting
     seconds["measuring"] = 2.0 * flops * held_out / speed
     dense = program.nbytes()
     seconds["writing"] = 5.0 + dense / 2e7
@@ -116,6 +123,14 @@ def estimate(program: Program, *, folder: str | Path = ".", **settings: Any) -> 
         disk_free=min(_free(Path(folder)), _free(Path(place))),
         folder=str(folder),
     )
+
+
+def _solver(option: Spec) -> Solver | None:
+    """The solver that an option names, if it names one."""
+    from lwcompile.registry import make
+
+    named = getattr(make("passes", option), "solver", None)
+    return make("solvers", named) if isinstance(named, Spec) else None
 
 
 def flops_per_second() -> float:

@@ -60,6 +60,22 @@ class ModelGraph:
                 return node
         raise KeyError(name)
 
+    def example(self, name: str) -> Tensor:
+        """A value of an input's shape and dtype: zeros, or for an input that embeddings are looked up with, their last row."""
+        given = next(i for i in self.inputs if i.name == name)
+        made = torch.zeros(given.shape, dtype=given.dtype)
+        if made.is_floating_point() or made.dtype == torch.bool:
+            return made
+        reached, rows = {self.input_nodes()[name]}, []
+        for node in self.graph.nodes:
+            if node.op != "call_function" or not reached.intersection(node.all_input_nodes):
+                continue
+            if node.target is torch.ops.aten.embedding.default and node.args[1] in reached:
+                rows.append(node.args[0].meta["val"].shape[0])
+            elif isinstance(value := node.meta.get("val"), Tensor) and not value.is_floating_point():
+                reached.add(node)
+        return made + (min(rows) - 1 if rows else 0)
+
     @property
     def output_node(self) -> fx.Node:
         return next(iter(reversed(self.graph.nodes)))

@@ -10,7 +10,8 @@ Cost: one forward and backward over the calibration samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from lwcompile.executor import Executor, Tap
 from lwcompile.memory import give_back
 from lwcompile.metric import sample_labels
+from lwcompile.rundir import code_hash, content_key, versions
 
 if TYPE_CHECKING:
     from lwcompile.context import Context
@@ -83,6 +85,45 @@ def _watch(id: str, seen: dict[str, Tensor], counts: dict[str, int]) -> Tap:
 
 def _filled(values: Tensor, tokens: int) -> Tensor:
     return torch.cat([values, values.mean().expand(tokens - len(values))])
+
+
+def weights_of(ctx: Context, site: Site, power: float, shapes: Sequence[Sequence[int]]) -> Sequence[Tensor | None]:
+    """How much each calibration token counts at a linear, [...] for each of these shapes [...] of its input's batches.
+
+    Linears that are fed one tensor share their importance, summed. None where all tokens count alike: at power 0, and, with a
+    note, where the metric reads nothing of the layer, knows no distribution to draw labels from, or a router gathers the tokens.
+    """
+    alike = [None] * len(shapes)
+    if power == 0 or ctx.program is None or ctx.metric is None:
+        return alike
+    if not ctx.metric.predicts:
+        ctx.note("importance", "", f"{ctx.metric!r} has no distribution to draw labels from: calibration tokens count alike")
+        return alike
+    found = importance_of(ctx, ctx.program).get(site.id)
+    sizes = [math.prod(shape) for shape in shapes]
+    taken = sum(shape[0] for shape in shapes) / len(ctx.need_calibration())  # of the samples, from the first on
+    if found is None:
+        ctx.note("importance", site.id, "the metric reads nothing of it: its tokens count alike")
+        return alike
+    if len(found) != sum(sizes) and len(found) * taken != sum(sizes):
+        ctx.note("importance", site.id, "its tokens are not those of the samples (a router gathers them): they count alike")
+        return alike
+    weights = token_weights(found[: sum(sizes)], power)
+    return [part.view(*shape) for part, shape in zip(weights.split(sizes), shapes)]
+
+
+def importance_of(ctx: Context, program: Program) -> Mapping[str, Tensor]:
+    """The importance of the calibration tokens at each linear of the dense program, by site id; computed once a run."""
+    if ctx.energies is None:
+        code, given = code_hash(token_importance), ctx.need_calibration().content_hash
+        key = content_key("importance", code, program.digest(), given, repr(ctx.metric), ctx.seed, versions())
+        stored = ctx.rundir.get_tensors(key) if ctx.rundir is not None else None
+        if stored is None:
+            stored = token_importance(program, ctx.find_structure(program).of_kind("linear"), ctx)
+            if ctx.rundir is not None:
+                ctx.rundir.put_tensors(key, stored)
+        ctx.energies = stored
+    return ctx.energies
 
 
 def token_weights(importance: Tensor, power: float) -> Tensor:

@@ -22,9 +22,10 @@ from lwcompile.budget import Budget
 from lwcompile.context import Progress, SilentProgress
 from lwcompile.contract import Backend
 from lwcompile.errors import BadInput, Refused
+from lwcompile.folder import ProgramFolder
 from lwcompile.plans import Plan
 from lwcompile.program import Program
-from lwcompile.recipe import Recipe
+from lwcompile.recipe import DEFAULT, Recipe
 from lwcompile.registry import load as load_plugin
 from lwcompile.registry import plugins
 from lwcompile.report import Report
@@ -51,7 +52,7 @@ class Settings:
     `max_kl` limits the measured damage on held-out samples, in the metric's unit; `avg_bits` and `max_bytes` the size.
     """
 
-    recipe: str | Path | Recipe = "balanced"
+    recipe: str | Path | Recipe = DEFAULT
     plan: str | Path | Plan | None = None
     avg_bits: float | None = None
     max_bytes: int | None = None
@@ -171,7 +172,7 @@ def compress(program: Program, path: str | Path | None = None, *, progress: Prog
     """Apply a plan and measure it. With `path`, the compressed program is written there, loadable by `lw.load`."""
     wished = Settings(**settings)
     if wished.backend is None:
-        wished = dataclasses.replace(wished, backend="program")
+        wished = dataclasses.replace(wished, backend=ProgramFolder.name)
     run = session(program, wished, progress)
     result = _compressed(run, wished)
     if path is not None:

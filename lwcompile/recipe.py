@@ -64,6 +64,10 @@ OneSpec = Annotated[Spec, _AsSpec]
 Specs = Annotated[tuple[OneSpec, ...], BeforeValidator(_several)]
 
 
+DEFAULT = "balanced"
+"""The recipe that runs where none is named, and whose allocator stands in for one that is not."""
+
+
 class Reference(NamedTuple):
     """A spec in a recipe, the registry group it is looked up in, and its place in the file."""
 
@@ -84,7 +88,10 @@ class Data(BaseModel):
 
 
 class Recipe(BaseModel):
-    """What to score, what to offer, what to spend, and where it goes. Immutable; equal recipes have equal `canonical()`."""
+    """What to score, what to offer, what to spend, and where it goes. Immutable; equal recipes have equal `canonical()`.
+
+    Without a backend, tensors cost what they take in the program folder that `compress` writes.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -92,7 +99,7 @@ class Recipe(BaseModel):
     passes: Specs = ()
     analyses: Specs = ()
     options: dict[str, Specs] = {}
-    allocator: OneSpec = Spec("integer_program")
+    allocator: OneSpec = Field(default_factory=lambda: Recipe.named(DEFAULT).allocator)
     budget: InstanceOf[Budget] = NO_BUDGET
     backend: OneSpec | None = None
     metric: Annotated[str | None, BeforeValidator(_metric)] = None

@@ -11,6 +11,7 @@ results, and a new budget is solved without scoring again. Entries are written w
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -18,10 +19,11 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,19 +63,42 @@ def code_hash(code: type | Callable[..., Any]) -> str:
 
 
 def _sources(name: str) -> set[str]:
-    """The source files of a module and of those of its package that it imports from, transitively."""
+    """The source files of a module and of those of its package that it imports from, transitively; the framework's own code is
+    known by its version."""
+    package = name.rpartition(".")[0]
     found: dict[str, str] = {}
-    waiting, package = [name], name.rpartition(".")[0]
+    waiting = [name]
     while waiting:
-        module = sys.modules.get(name := waiting.pop())
-        path = getattr(module, "__file__", None)
-        if name in found or path is None or not Path(path).is_file():
+        path = _source_of(name := waiting.pop())
+        if name in found or path is None:
             continue
         found[name] = path
-        if package.startswith("lwcompile.passes") or not package.startswith("lwcompile"):
-            used = {getattr(value, "__module__", None) or getattr(value, "__name__", "") for value in vars(module).values()}
-            waiting += [other for other in used if isinstance(other, str) and package and other.rpartition(".")[0] == package]
+        if package not in ("", "lwcompile"):
+            waiting += [other for other in _imports(path, package) if other.rpartition(".")[0] == package]
     return set(found.values())
+
+
+def _source_of(name: str) -> str | None:
+    module = sys.modules.get(name)
+    try:
+        spec = None if module is not None else find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    path = getattr(module, "__file__", None) or (spec.origin if spec is not None else None)
+    return path if path is not None and path.endswith(".py") and Path(path).is_file() else None
+
+
+def _imports(path: str, package: str) -> Iterator[str]:
+    """The dotted names that a file's import statements may mean, wherever they stand; relative ones against its package."""
+    for node in ast.walk(ast.parse(Path(path).read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def content_key(*parts: Any) -> str:

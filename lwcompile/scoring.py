@@ -38,8 +38,10 @@ def price_by_scores(
         return
     try:
         lines = calibrate_options(ranked, measured)
-    except BadInput:
-        ctx.remark(name, "", "note", "its scores price nothing without measured damages to fit them to: add measured{units=12}")
+    except BadInput as error:
+        ctx.remark(
+            name, "", "note", f"its scores price nothing ({error}); add an analysis that measures a few units to fit them to"
+        )
         return
     for unit, option in unpriced:
         if option in lines:

@@ -28,6 +28,7 @@ from lwcompile.damage import DamageMeter, Estimate, evaluate
 from lwcompile.data import CalibrationSet, load_dataset
 from lwcompile.errors import BadInput, BadPlan, InfeasibleBudget
 from lwcompile.executor import Executor
+from lwcompile.folder import ProgramFolder
 from lwcompile.manager import Manager
 from lwcompile.memory import give_back
 from lwcompile.metric import Metric, default_metric, load_metric
@@ -80,7 +81,7 @@ class Session:
 
     @cached_property
     def backend(self) -> Backend:
-        return make("backends", self.recipe.backend or Spec("onnx"))
+        return make("backends", self.recipe.backend) if self.recipe.backend is not None else ProgramFolder()
 
     @cached_property
     def metric(self) -> Metric:
@@ -109,7 +110,7 @@ class Session:
         return made
 
     def _dataset(self, name: str | None, samples: int, seqlen: int, order: Any, seed: int | None = None) -> CalibrationSet:
-        examples = {i.name: torch.zeros(i.shape, dtype=i.dtype) for graph in self.program.entries.values() for i in graph.inputs}
+        examples = {i.name: graph.example(i.name) for graph in self.program.entries.values() for i in graph.inputs}
         wanted = Executor(self.program).inputs()
         return load_dataset(
             name,
@@ -277,6 +278,7 @@ class Session:
             self.dense.digest(),
             plan.digest(),
             self.calibration.content_hash,
+            repr(self.metric),
             self.recipe.seed,
             versions(),
             self._solver_code(plan),

@@ -93,7 +93,7 @@ def calibration(program: Program, rows: int = 8, length: int = 12, seed: int = S
     wanted = Executor(program).inputs()
     if wanted == ["input_ids"]:
         return CalibrationSet({"input_ids": token_ids(rows, length, seed)}, "random", "random")
-    examples = {i.name: torch.ones(i.shape, dtype=i.dtype) for g in program.entries.values() for i in g.inputs}
+    examples = {i.name: graph.example(i.name) for graph in program.entries.values() for i in graph.inputs}
     return load_dataset("random", samples=rows, seed=seed, examples={k: v for k, v in examples.items() if k in wanted})
 
 

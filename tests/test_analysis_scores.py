@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from lwcompile.calibration import calibrate, rank_correlation
 from lwcompile.context import Context
-from lwcompile.contract import Damage, Score
+from lwcompile.contract import Damage, Score, Wanted
 from lwcompile.data import CalibrationSet
 from lwcompile.errors import BadInput, Refused
 from lwcompile.passes.analysis.influence import BlockInfluence, LayerInputModification
 from lwcompile.passes.analysis.zd import ZScoreDistribution
 from lwcompile.program import Program
-from lwcompile.stats import Wanted
 from lwcompile.tracing import capture_module
 
 

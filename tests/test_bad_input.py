@@ -18,7 +18,6 @@ from test_sources import write_gguf
 from tiny import llama, llama_program
 
 from lwcompile import cli
-from lwcompile.contract import AnalysisPass, TransformPass
 
 RECIPE = """
 analyses: [measured]
@@ -129,7 +128,6 @@ def test_a_plugin_that_raises_is_named_and_what_was_scored_is_kept(kind, tmp_pat
         raise ValueError("no luck")
 
     given = [*model(tmp_path), *recipe(tmp_path), "--run-dir", str(tmp_path / "run")]
-    assert issubclass(Measured, AnalysisPass) and issubclass(Quantize, TransformPass)
     if kind == "analysis":
         monkeypatch.setattr(Measured, "run", fail)
     else:

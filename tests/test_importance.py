@@ -10,18 +10,27 @@ from tiny import calibration, llama, llama_program
 from torch import Tensor
 
 from lwcompile.apply import SequentialPrefix, apply_plan
+from lwcompile.budget import Budget
 from lwcompile.context import Context
+from lwcompile.contract import Wanted
 from lwcompile.formats import NumericFormat
-from lwcompile.importance import token_importance, token_weights
-from lwcompile.metric import Kl, sample_labels
+from lwcompile.importance import importance_of, token_importance, token_weights
+from lwcompile.metric import Kl, UserMetric, sample_labels
 from lwcompile.passes.solve.gptq import Gptq
+from lwcompile.plans import Plan
 from lwcompile.prefix import Cursor
 from lwcompile.program import Program
+from lwcompile.recipe import Recipe
+from lwcompile.session import Session
 from lwcompile.spec import Spec
-from lwcompile.stats import InputStats, Wanted
+from lwcompile.stats import InputStats
 from lwcompile.structure import find_structure
 
 THREE = Spec.parse("quantize{bits=3,group_size=16,solver=gptq}")
+
+
+def agreement(dense: Tensor, compressed: Tensor, inputs: object) -> Tensor:
+    return -(dense.argmax(-1) == compressed.argmax(-1)).float().mean((1,))
 
 
 def known(program: Program, rows: int = 8) -> Context:
@@ -49,6 +58,26 @@ def test_importance_is_the_energy_of_the_gradient_at_the_layers_output():
     assert torch.equal(found["block0.attention.q_proj"], found["block0.attention.v_proj"])  # fed one tensor
 
 
+def test_a_metric_without_a_distribution_is_noted_once():
+    program = llama_program(tied=False)
+    ctx = known(program)
+    ctx.metric = UserMetric("tests:none", lambda *_: 0.0)
+    sites = ctx.find_structure(program).of_kind("linear")
+    assert all(ctx.stats_of(program.main, site, Wanted(importance=1.0)) for site in sites)
+    assert [r.text for r in ctx.remarks if "count alike" in r.text] == [ctx.remarks[0].text]
+
+
+def test_a_layer_that_the_dense_model_feeds_other_tokens_is_named():
+    program = llama_program(tied=False)
+    ctx = known(program, rows=8)
+    prefix = SequentialPrefix(program, ctx, ())
+    ctx.program = llama_program(tied=False, layers=1)
+    site = ctx.find_structure(program).sites["block2.mlp.down_proj"]
+    stats = prefix.stats(site, Wanted(drift=True))
+    assert stats is not None and stats.drift is None
+    assert [(r.site, "drift" in r.text) for r in ctx.remarks] == [(site.id, True)]
+
+
 def test_weights_have_a_floor_and_follow_the_power():
     weights = token_weights(torch.tensor([0.0, 1.0, 3.0]), 0.5)
     torch.testing.assert_close(weights, torch.tensor([1e-4, 0.75, 2.25]) ** 0.5)
@@ -59,7 +88,7 @@ def test_weighted_statistics_weigh_each_token_by_its_importance():
     ctx = known(program)
     site = ctx.find_structure(program).sites["block1.mlp.down_proj"]
     ((_, x),) = ctx.activations(program, [site])
-    weight = token_weights(ctx.importance()[site.id], 1.0).double()
+    weight = token_weights(importance_of(ctx, program)[site.id], 1.0).double()
     expected = 2 * (x.double() * weight[:, None]).T @ x.double() / weight.sum()
     stats = ctx.stats_of(program.main, site, Wanted(importance=1.0))
     assert stats is not None
@@ -114,3 +143,16 @@ def test_the_dense_output_is_met_better_the_more_drift_is_made_up_for(bits):
         for share in (0.0, 0.5, 1.0)
     ]
     assert errors[0] > 1.5 * errors[1] > 1.5 * errors[2] * 0.9, errors
+
+
+def test_the_same_plan_under_another_metric_is_solved_anew(tmp_path):
+    recipe = Recipe.parse("calibration: {dataset: random, samples: 4, seqlen: 8}\nevaluation: {samples: 4, seqlen: 8}")
+    program = llama_program(tied=False)
+    plan = Plan({"block1.mlp.down_proj": (THREE,)}, Budget())
+
+    def compressed(metric: str, folder: str) -> str:
+        run = Session(program, recipe.with_(metric=metric), tmp_path / folder)
+        return run.compress(plan).digest()
+
+    assert compressed("kl", "a") != (alone := compressed("test_importance:agreement", "b"))
+    assert compressed("test_importance:agreement", "a") == alone

@@ -49,6 +49,17 @@ def test_two_points_are_too_few():
         calibrate_options({"a": 1.0, "b": 2.0}, {("a", "o"): 0.1, ("b", "o"): 0.2})
 
 
+def test_one_unmeasured_score_of_nothing_keeps_the_fit_out_of_the_logarithm():
+    scores = {"a": 1.0, "b": 2.0, "c": 3.0, "never": 0.0}
+    line = calibrate_options(scores, {(k, "o"): 0.1 * scores[k] for k in "abc"})["o"]
+    assert not line.logarithmic and line.damage(0.0).value > 0.01
+
+
+def test_options_measured_once_each_have_no_error_to_tell():
+    with pytest.raises(BadInput, match="two sites"):
+        calibrate_options({"a": 1.0, "b": 2.0, "c": 3.0}, {("a", "o"): 0.1, ("b", "p"): 0.2, ("c", "q"): 0.3})
+
+
 def context(options: dict[str, list[Spec]]) -> Context:
     return Context(calibration=calibration(), metric=Kl(), options=options, batch_size=3)
 
@@ -88,4 +99,4 @@ def test_without_measured_damages_a_score_prices_nothing_and_says_so():
     ctx = context({"block0.mlp.down_proj": [FOUR], "block1.mlp.down_proj": [FOUR]})
     found: dict[str, dict[Spec, Damage]] = {}
     price_by_scores(ctx, program, "order", {id: Score(1.0) for id in ctx.options}, found)
-    assert not found and "add measured{units=12}" in ctx.remarks[0].text
+    assert not found and "add an analysis that measures a few units" in ctx.remarks[0].text

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lwcompile.errors import VerificationError
+from lwcompile.memory import give_back
 
 Cases = Sequence[tuple[Mapping[str, Tensor], Sequence[Tensor]]]
 
@@ -26,14 +25,8 @@ def open_session(path: Path, threads: int = 0) -> ort.InferenceSession:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise VerificationError(f"onnxruntime does not load {path.name}: {str(error).splitlines()[0]}") from error
-    _give_back_memory()
+    give_back()  # loading folds constants, hundreds of MB for a model of 100 million weights
     return session
-
-
-def _give_back_memory() -> None:
-    """Loading folds constants, and glibc keeps what that freed: hundreds of MB for a model of 100 million weights."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def run_session(session: ort.InferenceSession, feed: Mapping[str, Tensor]) -> list[np.ndarray]:

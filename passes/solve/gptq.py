@@ -26,11 +26,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lwcompile.contract import Solver
+from lwcompile.contract import Solver, Wanted
 from lwcompile.errors import BadInput, BadPlan
 from lwcompile.formats import NumericFormat, QuantizedTensor
 from lwcompile.passes.solve._grid import check_search, checked, fit_grid
-from lwcompile.stats import InputStats, Wanted
+from lwcompile.stats import InputStats
 
 ROWS = 4096
 """Rows solved at a time (they are independent), so that a block of errors stays in cache."""

@@ -1,4 +1,4 @@
-"""The program folder as a backend: what `lwcompile compress` writes, and what it costs.
+"""The project's own form as a backend: what `lwcompile compress` writes, and what it costs.
 
 Weights are stored exactly as their numeric format packs them, so 3 bits take 3 bits. Dense tensors keep their dtype.
 """
