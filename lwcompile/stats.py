@@ -22,10 +22,7 @@ class InputStats:
         self.weight = 0.0
         self._gram = torch.zeros(features, features, dtype=dtype, device=device)
         self._magnitude = torch.zeros(features, dtype=dtype, device=device)
-        self._sum = torch.zeros(features, dtype=dtype, device=device)
         self._drift: Tensor | None = None
-        self._moved: Tensor | None = None
-        self._centered: InputStats | None = None
 
     @torch.no_grad()
     def update(self, x: Tensor, weight: Tensor | None = None, dense: Tensor | None = None) -> None:
@@ -41,13 +38,8 @@ class InputStats:
         weighted = x if weight is None else x * weight
         self._gram += weighted.T @ x
         if dense is not None:
-            moved = dense.reshape(-1, self.features).float() - x
-            if self._drift is None or self._moved is None:
-                self._drift, self._moved = torch.zeros_like(self._gram), torch.zeros_like(self._sum)
-            self._drift += moved.T @ weighted
-            self._moved += (moved if weight is None else moved * weight).sum(0)
-        self._centered = None
-        self._sum += weighted.sum(0)
+            moved = (dense.reshape(-1, self.features).float() - x).T @ weighted
+            self._drift = moved.to(self._gram.dtype) if self._drift is None else self._drift + moved
         self._magnitude += weighted.abs().sum(0)
         self.weight += len(x) if weight is None else weight.double().sum().item()
         self.tokens += len(x)
@@ -61,27 +53,6 @@ class InputStats:
     def drift(self) -> Tensor | None:
         """(2/n) sum_t w_t (x_dense - x)_t x_t^T, [K, K]; None where no dense inputs were given."""
         return None if self._drift is None else self._drift * (2 / self._seen())
-
-    @property
-    def mean(self) -> Tensor:
-        """E[x], [K]."""
-        return self._sum / self._seen()
-
-    @property
-    def dense_mean(self) -> Tensor:
-        """E[x_dense], [K]: the mean of what the dense model feeds at the same tokens, where known, else that of x."""
-        return self.mean if self._moved is None else self.mean + self._moved / self._seen()
-
-    def centered(self) -> InputStats:
-        """The same moments about the means: what is left to a weight whose layer has a bias that takes up the rest."""
-        if self._centered is None:
-            made = InputStats(self.features, dtype=self._gram.dtype, device=self._gram.device)
-            made.tokens, made.weight = self.tokens, self.weight
-            made._gram, made._magnitude = self._gram - torch.outer(self._sum, self.mean), self._magnitude
-            if self._drift is not None and self._moved is not None:
-                made._drift, made._moved = self._drift - torch.outer(self._moved, self.mean), torch.zeros_like(self._sum)
-            self._centered = made
-        return self._centered
 
     @property
     def energy(self) -> Tensor:
