@@ -160,9 +160,7 @@ def plan(program: Program, *, progress: Progress | None = None, **settings: Any)
 def _planned(run: Session, settings: Settings) -> tuple[Plan, Program | None]:
     if settings.plan is not None:
         given = settings.plan if isinstance(settings.plan, Plan) else Plan.load(settings.plan)
-        given.validate(run.table)
-        found = run.table.evaluate(given.choices)
-        return given.replace(predicted=found.damage, bytes=found.bytes), None
+        return run.adopt(given), None
     if settings.max_kl is not None:
         return run.plan_within(settings.max_kl)
     return run.plan(), None

@@ -26,7 +26,7 @@ from lwcompile.context import Context, Progress, SilentProgress
 from lwcompile.contract import AnalysisPass, Backend, Damage, Score, TransformPass
 from lwcompile.damage import DamageMeter, Estimate, evaluate
 from lwcompile.data import CalibrationSet, load_dataset
-from lwcompile.errors import BadInput, BadPlan, InfeasibleBudget
+from lwcompile.errors import BadInput, BadPlan, InfeasibleBudget, LwError
 from lwcompile.executor import Executor
 from lwcompile.folder import ProgramFolder
 from lwcompile.manager import Manager
@@ -227,6 +227,24 @@ class Session:
         with self._timed("allocating"):
             plan = allocator.allocate(table, budget)
         return plan.replace(origin=self.origin())
+
+    def adopt(self, plan: Plan) -> Plan:
+        """A plan from elsewhere, checked against the table (`BadPlan` with file and line), with what it is predicted to be.
+
+        An option that says the same as an offered one in other words, such as without a default, becomes that one.
+        """
+        offered = {transform.spec(): spec for spec, transform in self.offer.transforms.items()}
+
+        def form(option: Spec) -> Spec:
+            try:
+                return offered.get(make("passes", option).spec(), option)
+            except LwError:  # validation says what is wrong with it, and where
+                return option
+
+        plan = plan.normalize(form)
+        plan.validate(self.table)
+        found = self.table.evaluate(plan.choices)
+        return plan.replace(predicted=found.damage, bytes=found.bytes)
 
     def origin(self) -> dict[str, Any]:
         return {

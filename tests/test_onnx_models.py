@@ -8,6 +8,7 @@ import language_models
 import numpy as np
 import onnx
 import onnxruntime as ort
+import psutil
 import pytest
 import torch
 from onnx_packed import pack, plain_session
@@ -245,3 +246,28 @@ def test_an_operator_without_a_lowering_is_named_before_the_work(monkeypatch):
     assert "aten.silu.default" in reasons[0] and "mlp" in reasons[0]
     monkeypatch.undo()
     assert Onnx().unsupported(program(language_models.captured("llama"))) == []
+
+
+class _Large(nn.Module):
+    """2.4 GB of float32 in one table; a linear reads the rows that are looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding.from_pretrained(torch.arange(600_000.0)[:, None].expand(-1, 1024).contiguous())
+        self.out = nn.Linear(1024, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.table(ids) / 600_000)
+
+
+@pytest.mark.skipif(psutil.virtual_memory().available < 12 << 30, reason="needs 12 GB of free memory")
+def test_a_file_past_two_gigabytes_has_its_weights_beside_it(tmp_path: Path):
+    model = _Large().eval()
+    graph, _ = capture_module(model, {"ids": torch.zeros(2, 3, dtype=torch.long)}, {"ids": {0: "batch", 1: "sequence"}})
+    Onnx().lower(program(graph), tmp_path / "model.onnx", None)
+    assert (tmp_path / "model.onnx").stat().st_size < 1 << 20 and (tmp_path / "model.onnx.data").stat().st_size > 2 << 30
+    onnx.checker.check_model(str(tmp_path / "model.onnx"))
+    ids = torch.tensor([[0, 599_999, 17, 300_000]])
+    (got,) = plain_session(tmp_path / "model.onnx").run(None, {"ids": ids.numpy()})
+    torch.testing.assert_close(torch.from_numpy(np.asarray(got)), model(ids), rtol=1e-5, atol=1e-6)

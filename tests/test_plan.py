@@ -11,10 +11,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_table import small
+from tiny import llama_program
 
 from lwcompile.budget import Budget
 from lwcompile.errors import BadInput, BadPlan
 from lwcompile.plans import Change, Plan
+from lwcompile.recipe import Recipe
+from lwcompile.session import Session
 from lwcompile.spec import KEEP, Spec
 from lwcompile.table import Group
 
@@ -196,3 +199,17 @@ def test_stated_defaults_do_not_tell_plans_apart(tmp_path: Path) -> None:
 def test_none_of_this_imports_torch() -> None:
     code = "import sys, lwcompile.plans, lwcompile.recipe, lwcompile.budget, lwcompile.table; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_plan_by_hand_may_say_an_option_in_other_words(tmp_path):
+    offered, same = "quantize{bits=3,group_size=16,solver=rtn}", "quantize{solver=rtn,bits=3,symmetric=false,group_size=16}"
+    recipe = Recipe.parse(
+        f"analyses: ['fisher{{tokens=32}}']\noptions: {{linear: '{offered}'}}\n"
+        "calibration: {dataset: random, samples: 4}\nevaluation: {samples: 4}"
+    )
+    run = Session(llama_program(), recipe, tmp_path / "run")
+    site = "block0.mlp.down_proj"
+    adopted = run.adopt(Plan({site: (Spec.parse(same),)}, Budget()))
+    assert adopted.choices == {site: (Spec.parse(offered),)} and adopted.bytes == run.table.evaluate(adopted.choices).bytes
+    with pytest.raises(BadPlan, match="bits=5"):
+        run.adopt(Plan({site: (Spec.parse(same.replace("bits=3", "bits=5")),)}, Budget()))
