@@ -53,8 +53,10 @@ def write_artifact(folder: Path, run: Session, program: Program | None, plan: Pl
         written += [folder / "program.json", folder / "weights.safetensors"]
     if model is not None:
         written += sorted(f for f in folder.glob(f"*{model.name}*") if f.is_file())
+        written += [folder / name for name in run.backend.writes]
     for asset in run.program.assets:
-        if asset.resolve() != (folder / asset.name).resolve() and asset.name not in ("README.md", "LICENSE"):
+        own = ("README.md", "LICENSE", *(run.backend.writes if model is not None else ()))
+        if asset.resolve() != (folder / asset.name).resolve() and asset.name not in own:
             shutil.copyfile(asset, folder / asset.name)
             written.append(folder / asset.name)
     plan.save(folder / "plan.yaml")

@@ -106,7 +106,11 @@ def _row(program: Program, structure: Structure, site: Site, made: Offer, damage
     choices = [Choice(KEEP, 0.0, dense)]
     for spec in made.options.get(site.id, ()):
         transform = made.transforms[spec]
-        stored = sum(backend.price(t) for t in transform.stored(graph, site))
+        try:
+            stored = sum(backend.price(t) for t in transform.stored(graph, site))
+        except Refused as refusal:
+            choices.append(Choice(spec, 0.0, dense, refused=refusal.reason, silences=transform.silences))
+            continue
         found = damages.get(site.id, {}).get(spec)
         if found is None:
             choices.append(Choice(spec, 0.0, stored, refused="no analysis scored it", silences=transform.silences))

@@ -255,16 +255,25 @@ class Parity:
 
 @dataclass(frozen=True)
 class Backend(Pass):
-    """Prices tensors, lowers a program into files, and proves that they compute what the graph does."""
+    """Prices tensors, lowers a program into files, and proves that they compute what the graph does.
+
+    Class attributes:
+        suffixes: of the files that it writes, so that a file's name says which backend is meant.
+        file: the name of its main file, for backends that are given a folder.
+        writes: further files that are its own, where the source may have some of that name.
+    """
 
     suffixes: ClassVar[tuple[str, ...]] = ()
+    file: ClassVar[str] = ""
+    writes: ClassVar[tuple[str, ...]] = ()
 
     def unsupported(self, program: Program) -> list[str]:
         """Why this program cannot be lowered, one sentence a reason; empty if it can."""
         return []
 
     def price(self, tensor: StoredTensor) -> int:
-        """Bytes on file of one stored tensor, with padding, scale dtype and unsupported widths counted."""
+        """Bytes on file of one stored tensor, with padding, scale dtype and unsupported widths counted. `Refused` for a numeric
+        format that it has no form for: the option is then not offered, with that as the reason."""
         raise NotImplementedError
 
     def overhead(self, program: Program) -> int:

@@ -25,6 +25,7 @@ class ProgramFolder(Backend):
     """A folder with program.json and weights.safetensors, which `lwcompile.load` runs."""
 
     name: ClassVar[str] = "program"
+    file: ClassVar[str] = "program.json"
 
     def price(self, tensor: StoredTensor) -> int:
         if tensor.format is not None:
@@ -36,8 +37,9 @@ class ProgramFolder(Backend):
         return sum(len(json.dumps(graph.to_json(), indent=1)) for graph in program.entries.values())
 
     def lower(self, program: Program, path: Path, ctx: Context) -> Parity:
-        program.save(path)
-        read, errors = Program.load(path), {}
+        folder = path.parent
+        program.save(folder)
+        read, errors = Program.load(folder), {}
         for name, graph in program.entries.items():
             for inputs in ctx.probes(graph):
                 with torch.no_grad():

@@ -182,8 +182,10 @@ def compress(program: Program, path: str | Path | None = None, *, progress: Prog
     return result
 
 
-def _compressed(run: Session, settings: Settings) -> Result:
+def _compressed(run: Session, settings: Settings, lowered: bool = False) -> Result:
     chosen, program = _planned(run, settings)
+    if lowered and program is None and (reasons := run.backend.unsupported(run.restructured(chosen))):
+        raise Refused(f"{run.backend.name} cannot hold this plan: {'; '.join(reasons)}")
     program = program or run.compress(chosen)
     found = run.measure(program)
     damage = found["damage"]
@@ -203,11 +205,13 @@ def export(program: Program, path: str | Path, *, progress: Progress | None = No
     path, wished = Path(path), Settings(**settings)
     if wished.backend is None and (named := backend_for(path)) is not None:
         wished = dataclasses.replace(wished, backend=named)
-    require_writable(path.parent)
     run = session(program, wished, progress)
+    if run.backend.file and path.suffix not in run.backend.suffixes:
+        path = path / run.backend.file
+    require_writable(path.parent)
     if reasons := run.backend.unsupported(run.dense):
         raise Refused(f"{run.backend.name} cannot hold this model: {'; '.join(reasons)}")
-    result = _compressed(run, wished)
+    result = _compressed(run, wished, lowered=True)
     lowered = with_decode(result.program, run)
     with run._timed("lowering"):
         parity = run.backend.lower(lowered, path, run.context)

@@ -8,6 +8,7 @@ solved without scoring again.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -306,9 +307,17 @@ class Session:
         with self._timed("compressing"):
             return apply_plan(self.dense, plan.choices, self.structure, ctx)
 
+    def restructured(self, plan: Plan) -> Program:
+        """The dense program with the plan's structural options alone, which cost nothing: what a backend is asked about first."""
+        kept = {id: tuple(o for o in options if make("passes", o).structural) for id, options in plan.choices.items()}
+        kept = {id: options for id, options in kept.items() if options}
+        return (
+            apply_plan(self.dense, kept, self.structure, dataclasses.replace(self._ready(), remarks=[])) if kept else self.dense
+        )
+
     def _solver_code(self, plan: Plan) -> list[str]:
         specs = {spec for options in plan.choices.values() for spec in options}
-        made = [make("passes", spec) for spec in sorted(specs)]
+        made = [make("passes", spec) for spec in sorted(specs, key=str)]
         solvers = [make("solvers", s) for t in made if isinstance(s := getattr(t, "solver", None), Spec)]
         return sorted({code_hash(type(p)) for p in [*made, *solvers]})
 

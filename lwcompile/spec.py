@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.\d*([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?|\d+[eE
 _WORDS: dict[str, Scalar] = {"true": True, "false": False, "none": None}
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Spec:
     """A name with typed arguments, in the order they were written."""
 

@@ -32,6 +32,7 @@ from lwcompile.backends.onnx.packing import (
 )
 from lwcompile.formats import NumericFormat
 from lwcompile.graph import ModelGraph
+from lwcompile.packed import packed_weight
 
 INT8_ACTIVATIONS = 4
 """MatMulNBits' accuracy level that rounds activations to int8, block by block: about 0.6 % of error, three times as fast."""
@@ -55,18 +56,8 @@ class QuantizedWeight:
 
 def quantized_weight(graph: ModelGraph, node: fx.Node) -> QuantizedWeight | None:
     """What a `dequantize` call reads; None for any other node, and if it does not read stored tensors."""
-    if node.target is not torch.ops.lwcompile.dequantize.default:
-        return None
-    codes, scale, zero, bits, group_size, in_features = node.args
-    reads = [n for n in (codes, scale, zero) if n is not None]
-    if any(not isinstance(n, fx.Node) or n.op != "get_attr" for n in reads):
-        return None
-    names = [str(n.target) for n in reads if isinstance(n, fx.Node)]
-    shape, dtype = graph.store.shape(graph.tensors[names[1]]), graph.store.dtype(graph.tensors[names[1]])
-    kind = "none" if zero is None else "integer" if graph.store.dtype(graph.tensors[names[2]]) == torch.uint8 else "float"
-    format = NumericFormat(bits, group_size, kind, "float16" if dtype == torch.float16 else "float32")  # type: ignore[arg-type]
-    storage = Storage.of(format, (shape[0], in_features))  # type: ignore[arg-type]
-    return QuantizedWeight(storage, names[0], names[1], names[2] if zero is not None else None)
+    found = packed_weight(graph, node)
+    return None if found is None else QuantizedWeight(Storage.of(found.format, found.shape), found.codes, found.scale, found.zero)
 
 
 class Quantized:

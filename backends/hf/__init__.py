@@ -1,0 +1,1 @@
+"""A plan as a Hugging Face directory, which transformers loads by itself."""
