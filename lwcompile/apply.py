@@ -6,10 +6,13 @@ Both halves go through the manager, so that each is a transaction that the verif
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lwcompile.activations import moments
+from torch import fx
+
+from lwcompile.activations import input_stats, moments
 from lwcompile.contract import TransformPass, Wanted
 from lwcompile.executor import Executor
 from lwcompile.manager import Manager, Step
@@ -33,27 +36,44 @@ class SequentialPrefix:
 
     One pass over the model in all: `Cursor` advances the calibration batches and never goes back; a second one, for solvers that
     want the drift, does the same with the dense program. Layers that are fed one tensor share its statistics and the importance
-    of its tokens. Tied weights and embeddings have none here: they are not read at one place.
+    of its tokens. Weights that the dense model ties, and embeddings, have none here: they are not read at one place.
+
+    A weight that the plan's structure made several calls share is known by the inputs of all of them: of the first behind the
+    compressed layers, and of the others as they are before any layer is compressed.
     """
 
     def __init__(self, program: Program, ctx: Context, tied: Sequence[str]) -> None:
         self.ctx = ctx
         self.cursor = Cursor(program, ctx.batches(program), ctx.device)
         self.tied = set(tied)
+        self.places = places(program, ctx.structure)
+        self._before = program.copy() if any(len(sites) > 1 for sites in self.places.values()) else program
+        self._others: dict[float, dict[str, InputStats]] = {}
         self._dense: Cursor | None = None
-        self._last: tuple[tuple[str, Wanted], InputStats] | None = None
+        self._last: tuple[tuple[tuple[str, ...], Wanted], InputStats] | None = None
 
     def stats(self, site: Site, wanted: Wanted) -> InputStats | None:
         if site.kind != "linear" or site.id in self.tied:
             return None
         executor = self.cursor.executor
-        key = executor.key(site)
-        token = (executor.input_of(key), wanted)
+        first, *others = self.places.get(site.id, [site])
+        key = executor.key(first)
+        token = (tuple(executor.input_of(executor.key(s)) for s in (first, *others)), wanted)
         if self._last is None or self._last[0] != token:
             values = self.cursor.inputs_at([key])[key]
             dense = self._dense_inputs(site, key, values) if wanted.drift else None
-            self._last = (token, moments(self.ctx, site, values, wanted.importance, dense))
+            stats = moments(self.ctx, first, values, wanted.importance, dense)
+            for other in others:
+                stats.merge(self._elsewhere(wanted.importance)[other.id])
+            self._last = (token, stats)
         return self._last[1]
+
+    def _elsewhere(self, importance: float) -> dict[str, InputStats]:
+        """By site id, at every place but the first that reads a shared weight."""
+        if importance not in self._others:
+            sites = {s.id: s for _, *others in self.places.values() for s in others}
+            self._others[importance] = input_stats(self.ctx, self._before, sites.values(), importance=importance)
+        return self._others[importance]
 
     def _dense_inputs(self, site: Site, key: str, values: Sequence[Tensor]) -> Sequence[Tensor] | None:
         """What the dense program feeds the same call; None, with a note, where it has no such call or feeds it other tokens."""
@@ -79,7 +99,7 @@ def apply_plan(
     if structural:
         manager.transform(compressed, structural)
     if numeric:
-        numeric = _in_order(compressed, numeric)
+        numeric = _in_order(compressed, numeric, structure)
         tied = [id for ids in structure.tied for id in ids]
         with ctx.progress.task("compressing", len(numeric)) as task:
 
@@ -103,7 +123,10 @@ class _Start:
 
 
 def _steps(program: Program, choices: Mapping[str, Sequence[Spec]], structure: Structure) -> tuple[list[Step], list[Step]]:
-    """Structural steps from the outside in (a block before what it holds), and numeric ones of what is left."""
+    """Structural steps from the outside in (a block before what it holds), and numeric ones of what is left.
+
+    What takes another site's tensors goes first, while its source stands as the plan knows it.
+    """
     structural: list[Step] = []
     numeric: list[Step] = []
     silenced: set[str] = set()
@@ -116,10 +139,24 @@ def _steps(program: Program, choices: Mapping[str, Sequence[Spec]], structure: S
             (structural if transform.structural else numeric).append((structure.sites[id], transform))
             if transform.silences:
                 silenced.add(id)
-    return structural, numeric
+    return sorted(structural, key=lambda step: not step[1].replaces), numeric
 
 
-def _in_order(program: Program, steps: Sequence[Step]) -> list[Step]:
-    """By position in the program; a site whose call is gone comes last and is refused there."""
-    executor = Executor(program)
-    return sorted(steps, key=lambda step: executor.index.get(executor.key(step[0]), len(executor.index)))
+def _in_order(program: Program, steps: Sequence[Step], structure: Structure) -> list[Step]:
+    """By position in the program, of a shared weight the first; a site whose call is gone comes last and is refused there."""
+    executor, shared = Executor(program), places(program, structure)
+    last = len(executor.index)
+    return sorted(steps, key=lambda step: executor.index.get(executor.key(shared.get(step[0].id, [step[0]])[0]), last))
+
+
+def places(program: Program, structure: Structure | None) -> dict[str, list[Site]]:
+    """Of each linear whose weight several calls read now: the sites of all of them, in the order the program runs."""
+    executor, found = Executor(program), defaultdict[tuple[str, str], list[Site]](list)
+    for site in structure.of_kind("linear") if structure is not None else ():
+        if (at := executor.index.get(executor.key(site))) is None:
+            continue
+        stored = executor.steps[at].node.args[1]
+        if isinstance(stored, fx.Node) and stored.op == "get_attr":
+            found[site.entry, program.entries[site.entry].tensors[str(stored.target)]].append(site)
+    together = [sorted(s, key=lambda site: executor.index[executor.key(site)]) for s in found.values() if len(s) > 1]
+    return {site.id: sites for sites in together for site in sites}

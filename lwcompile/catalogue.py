@@ -82,7 +82,8 @@ def _promises(one: dict[str, Any], cls: Any) -> Iterator[str]:
         yield "Exact: the same function to 1e-5." if cls.exact else "Lossy: its damage is measured."
         yield f"At sites of kind {', '.join(cls.kinds)}."
         yield "Structural." if cls.structural else "A numeric format."
-        yield from ["Silences the sites below."] if cls.silences else []
+        below = "Replaces" if cls.replaces else "Silences"
+        yield from [f"{below} the sites below."] if cls.silences else []
         yield from [f"Conflicts with {', '.join(cls.conflicts)}."] if cls.conflicts else []
     if getattr(cls, "requires", ()):
         yield f"Requires {', '.join(cls.requires)}."

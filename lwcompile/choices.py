@@ -6,10 +6,11 @@ its weights (norms, biases), and everything that no site owns is fixed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from lwcompile.contract import Backend, Damage, StoredTensor, TransformPass
+from lwcompile.contract import Backend, Damage, Needs, StoredTensor, TransformPass
 from lwcompile.errors import Refused
 from lwcompile.program import Program
 from lwcompile.recipe import Recipe
@@ -17,7 +18,7 @@ from lwcompile.registry import make
 from lwcompile.site import SUBLAYER_KINDS, Site
 from lwcompile.spec import KEEP, Spec
 from lwcompile.structure import Structure
-from lwcompile.table import Choice, Group, OptionTable, SiteRow
+from lwcompile.table import Choice, Exclusion, Group, OptionTable, SiteRow
 
 Damages = Mapping[str, Mapping[Spec, Damage]]
 """Site id -> option -> damage, as analyses found it."""
@@ -25,11 +26,12 @@ Damages = Mapping[str, Mapping[Spec, Damage]]
 
 @dataclass
 class Offer:
-    """The options on offer at each site, the transforms behind them, and the refusals with their reasons."""
+    """The options on offer at each site, what they need of others, the transforms behind them, and the refusals with reasons."""
 
     options: dict[str, list[Spec]] = field(default_factory=dict)
     refused: dict[tuple[str, Spec], str] = field(default_factory=dict)
     transforms: dict[Spec, TransformPass] = field(default_factory=dict)
+    needs: dict[tuple[str, Spec], Needs] = field(default_factory=dict)
 
 
 def offer(program: Program, structure: Structure, recipe: Recipe) -> Offer:
@@ -47,6 +49,7 @@ def offer(program: Program, structure: Structure, recipe: Recipe) -> Offer:
                 if not transform.sites([site]):
                     raise Refused(f"{spec.name} does not apply to a site of kind {site.kind}", site=site.id)
                 transform.check(graph, site)
+                made.needs[site.id, spec] = transform.needs(graph, site, structure)
             except Refused as refusal:
                 made.refused[site.id, spec] = refusal.reason
                 continue
@@ -78,7 +81,21 @@ def build_table(
     everything = sum(_dense_price(backend, program, key) for key in program.keys())
     fixed = max(0, everything - owned - beside) + backend.overhead(program)
     groups = [g for g in groups_of(structure) if all(id in rows for id in g.sites)]
-    return OptionTable(unit, program.parameter_count(), rows, tuple(groups), fixed)
+    return OptionTable(unit, program.parameter_count(), rows, tuple(groups), fixed, tuple(_exclusions(structure, made)))
+
+
+def _exclusions(structure: Structure, made: Offer) -> Iterator[Exclusion]:
+    """Options that would take away what another one needs: what it keeps stays, and what it shares stays a stored tensor."""
+    for (id, spec), needs in made.needs.items():
+        for kept in needs.kept:
+            above: str | None = kept
+            while above is not None and above != id:
+                silencing = (s for s in made.options.get(above, ()) if made.transforms[s].silences)
+                yield from (Exclusion(id, spec, above, other) for other in silencing)
+                above = structure.sites[above].parent
+        for source in dict.fromkeys(needs.shared.values()):
+            structural = (s for s in made.options.get(source, ()) if made.transforms[s].structural)
+            yield from (Exclusion(id, spec, source, other) for other in structural)
 
 
 def _weight_sites(structure: Structure, rows: Mapping[str, SiteRow]) -> list[Site]:
@@ -112,11 +129,13 @@ def _row(program: Program, structure: Structure, site: Site, made: Offer, damage
             choices.append(Choice(spec, 0.0, dense, refused=refusal.reason, silences=transform.silences))
             continue
         found = damages.get(site.id, {}).get(spec)
+        facts: dict[str, Any] = {"silences": transform.silences, "replaces": transform.replaces}
+        facts["shares"] = tuple(made.needs[site.id, spec].shared.items())
         if found is None:
-            choices.append(Choice(spec, 0.0, stored, refused="no analysis scored it", silences=transform.silences))
+            choices.append(Choice(spec, 0.0, stored, refused="no analysis scored it", **facts))
             continue
         spread = (found.high - found.low) / 3.92 if found.high == found.high else 0.0
-        choices.append(Choice(spec, found.value, stored, spread, silences=transform.silences))
+        choices.append(Choice(spec, found.value, stored, spread, **facts))
     for (id, spec), reason in made.refused.items():
         if id == site.id:
             choices.append(Choice(spec, 0.0, dense, refused=reason))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lwcompile.program import Program
     from lwcompile.site import Site
     from lwcompile.stats import InputStats
+    from lwcompile.structure import Structure
     from lwcompile.table import OptionTable
 
 P = TypeVar("P", bound="Pass")
@@ -151,6 +152,19 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What an option at one site asks of others, so that no plan takes it away.
+
+    kept: ids of sites that must not be removed or replaced, nor what stands above them.
+    shared: of a transform that `replaces`, own weight sites -> the sites whose tensors are read in their place. What those carry
+        does its damage at both, and is stored once.
+    """
+
+    kept: tuple[str, ...] = ()
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TransformPass(Pass):
     """Rewrites the graph at one site.
 
@@ -159,6 +173,7 @@ class TransformPass(Pass):
         exact: promises the same function to relative 1e-5 in float32; otherwise its damage is measured.
         structural: changes what is computed; otherwise it gives a site a numeric format. A site takes one of each, in that order.
         silences: removes the sites below, so that their options no longer matter.
+        replaces: with `silences`, what is below is still computed, of another site's tensors, and does not count as dropped.
         conflicts: names of transforms that must not stand at the same site.
     """
 
@@ -168,6 +183,7 @@ class TransformPass(Pass):
     exact: ClassVar[bool] = False
     structural: ClassVar[bool] = True
     silences: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
     conflicts: ClassVar[tuple[str, ...]] = ()
 
     def sites(self, sites: Iterable[Site]) -> list[Site]:
@@ -176,6 +192,10 @@ class TransformPass(Pass):
 
     def check(self, graph: ModelGraph, site: Site) -> None:
         """Raise `Refused` with the reason if it does not apply; edits nothing."""
+
+    def needs(self, graph: ModelGraph, site: Site, structure: Structure) -> Needs:
+        """What the option asks of other sites; `Refused` where they are not what it needs. Edits nothing."""
+        return Needs()
 
     def apply(self, graph: ModelGraph, site: Site, ctx: Context) -> None:
         """Rewrite `graph` at `site`."""

@@ -54,6 +54,8 @@ class Choice:
         silences: removes what stands below: those sites store nothing and do no damage of their own.
         replaces: with `silences`, something else does their work (shared weights), so they do not count as dropped.
         structural: a structural option applied before `option`, for choices that join two.
+        shares: with `replaces`, pairs of a weight site below and the site whose tensor it reads instead: what that one carries
+            does the damage that it would do at both.
     """
 
     option: Spec
@@ -64,6 +66,7 @@ class Choice:
     silences: bool = False
     replaces: bool = False
     structural: Spec | None = None
+    shares: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.damage) and self.refused is None:
@@ -155,6 +158,8 @@ def choice_to_json(choice: Choice) -> dict[str, Any]:
         body["damage"] = None
     if choice.structural is not None:
         body["structural"] = str(choice.structural)
+    if choice.shares:
+        body["shares"] = [list(pair) for pair in choice.shares]
     return body | {
         key: value
         for key in ("spread", "refused", "silences", "replaces")
@@ -165,6 +170,6 @@ def choice_to_json(choice: Choice) -> dict[str, Any]:
 def choice_from_json(body: dict[str, Any]) -> Choice:
     structural = body.get("structural")
     damage = math.nan if body["damage"] is None else float(body["damage"])
-    return Choice(
-        **body | {"option": Spec.parse(body["option"]), "damage": damage, "structural": structural and Spec.parse(structural)}
-    )
+    shares = tuple((own, source) for own, source in body.get("shares", ()))
+    read = {"option": Spec.parse(body["option"]), "damage": damage, "structural": structural and Spec.parse(structural)}
+    return Choice(**body | read | {"shares": shares})

@@ -185,7 +185,7 @@ class _Tree:
         chosen = {id: table.sites[id].choice(carried.get(id, ())) for id in table.sites}
         silenced = {id for id in table.sites if any(chosen[a].silences for a in table.paths[id])}
         counted = {min(ids, key=list(table.sites).index): ids for ids in table.stores}
-        gone = silenced | {id for id, choice in chosen.items() if choice.silences}
+        gone = {id for id, choice in chosen.items() if choice.removes}
 
         def row(id: str, below: Sequence[str]) -> dict[str, Any]:
             live = [i for i in below if i not in silenced]

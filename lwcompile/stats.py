@@ -44,6 +44,14 @@ class InputStats:
         self.weight += len(x) if weight is None else weight.double().sum().item()
         self.tokens += len(x)
 
+    @torch.no_grad()
+    def merge(self, other: InputStats) -> None:
+        """Add what another has seen: the inputs of a second place that reads the same weight. Its drift counts as none."""
+        self._gram += other._gram.to(self._gram)
+        self._magnitude += other._magnitude.to(self._magnitude)
+        self.weight += other.weight
+        self.tokens += other.tokens
+
     @property
     def hessian(self) -> Tensor:
         """H = (2/n) sum_t w_t x_t x_t^T, [K, K], n the sum of the token weights (arXiv 2210.17323)."""

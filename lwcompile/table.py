@@ -111,6 +111,10 @@ class OptionTable:
                 raise BadInput(f"an exclusion names site {min(missing)!r}, which has no row in the table")
             if KEEP in (exclusion.option, exclusion.other_option):
                 raise BadInput(f"an exclusion at site {exclusion.site!r} names keep, which conflicts with nothing")
+        for id, row in self.sites.items():
+            for other in (other for choice in row.choices for pair in choice.shares for other in pair):
+                if other not in self.sites:
+                    raise BadInput(f"an option of site {id!r} shares site {other!r}, which has no row in the table")
 
     # --- the tree
 
@@ -156,6 +160,15 @@ class OptionTable:
         """Bytes of one stored tensor under `options`; where its sites are priced differently, the highest."""
         return max(self.sites[id].choice(options).bytes for id in store)
 
+    def shared(self, choice: Choice, carried: Assignment) -> float:
+        """The damage that tensors do where `choice` reads them a second time, under what their own sites carry."""
+        return math.fsum(self.damage_at(own, source, carried.get(source, ())) for own, source in choice.shares)
+
+    def damage_at(self, own: str, source: str, options: Options) -> float:
+        """What `options` at `source` do at `own`, which reads the same tensor: what they would do there, else what they do there."""
+        there = self.sites[own].by_options.get(options)
+        return (self.sites[source].choice(options) if there is None or there.refused else there).predicted
+
     # --- what a plan is
 
     def effective(self, assignment: Assignment) -> dict[str, Options]:
@@ -180,7 +193,7 @@ class OptionTable:
         carried = self.effective(assignment)
         silenced = {id: self._silenced(id, carried) for id in self.sites}
         alive = {id: self.sites[id].choice(carried.get(id, ())) for id in self.sites if silenced[id] is None}
-        damage = math.fsum(choice.predicted for choice in alive.values())
+        damage = math.fsum(choice.predicted + self.shared(choice, carried) for choice in alive.values())
         stored = self.fixed_bytes
         for store in self.stores:
             variants = {alive[id].options for id in store if id in alive}

@@ -45,6 +45,7 @@ class TransformTrial:
             require(isinstance(t.conflicts, tuple) and all(isinstance(c, str) for c in t.conflicts), "conflicts: names, a tuple")
             require(not (t.silences and t.exact), "what silences the sites below removes them, and cannot be exact as well")
             require(not t.silences or t.structural, "a numeric format cannot silence the sites below")
+            require(not t.replaces or t.silences, "what replaces the sites below silences them as well")
             require(t.structural or not set(t.kinds) - {"linear", "embedding"}, "a numeric format stands at weights only")
 
     def _on(self, label: str, program: Program, structure: Structure) -> int:
@@ -53,7 +54,7 @@ class TransformTrial:
         refused: dict[str, str] = {}
         for site in offered:
             with self.report.clause(f"check at {label}:{site.id}"):
-                reason = self._refusal(program, site)
+                reason = self._refusal(program, structure, site)
             if reason is not None:
                 refused[site.id] = reason
             else:
@@ -87,16 +88,19 @@ class TransformTrial:
                 require(site.kind in self.transform.kinds, f"its sites() gives {site.id}, of the kind {site.kind}")
         return offered
 
-    def _refusal(self, program: Program, site: Site) -> str | None:
-        """Why `check` refuses, or None; it must edit nothing and give a reason."""
+    def _refusal(self, program: Program, structure: Structure, site: Site) -> str | None:
+        """Why `check` or `needs` refuses, or None; they must edit nothing and give a reason."""
         copy = program.copy()
         try:
             self.transform.check(copy.entries[site.entry], site)
+            needs = self.transform.needs(copy.entries[site.entry], site, structure)
+            named = {*needs.kept, *needs.shared, *needs.shared.values()}
+            require(named <= structure.sites.keys(), f"its needs() names {min(named - structure.sites.keys(), default='')!r}")
             reason = None
         except Refused as refusal:
             require(refusal.reason.strip(), "it refuses without a reason")
             reason = refusal.reason
-        require(copy.digest() == program.digest(), "`check` edits the graph")
+        require(copy.digest() == program.digest(), "`check` or `needs` edits the graph")
         copy.store.check(copy.keys(), deep=True)
         return reason
 
@@ -126,7 +130,7 @@ class TransformTrial:
         below = [s for s in structure.sites.values() if s.id.startswith(f"{site.id}.") and s.kind in ("linear", "embedding")]
         alive = {node.name for node in after.entries[site.entry].nodes}
         for s in below:
-            if self.transform.silences and s.node in alive:
+            if self.transform.silences and not self.transform.replaces and s.node in alive:
                 raise Broken(f"it silences the sites below, but {s.id} is still computed")
             if not self.transform.silences and s.node not in alive:
                 raise Broken(f"{s.id} below it is gone, and `silences` does not say so")
@@ -165,6 +169,6 @@ class TransformTrial:
 
 def _role(t: TransformPass) -> str:
     words = ["structural" if t.structural else "a numeric format"]
-    words += ["silences the sites below"] if t.silences else []
+    words += [f"{'replaces' if t.replaces else 'silences'} the sites below"] if t.silences else []
     words += [f"conflicts with {', '.join(t.conflicts)}"] if t.conflicts else []
     return ", ".join(words)

@@ -23,6 +23,7 @@ from lwcompile.table import Choice, Evaluation, Exclusion, Group, Options, Optio
 
 EXACT = IntegerProgram(gap=0.0)
 BOTH = (Greedy(), EXACT)
+SHARE = Spec.of("share", source=-1)
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 
 
@@ -69,6 +70,14 @@ def tables(draw: st.DrawFn) -> OptionTable:
     pairs += [("b0.attention.q", bits(8), "b1.mlp.up", bits(7)), ("b1.mlp.up", bits(8), "b0.attention", Spec("drop"))]
     exclusions = [Exclusion(*pair) for pair in pairs if draw(st.booleans())]
     sites = {row.site: row for row in rows}
+    if len(groups) == 3:  # the second block, or its MLP alone, may compute with the first one's weights
+        for site, below in (("b1", ("attention.q", "attention.k", "mlp.up")), ("b1.mlp", ("mlp.up",))):
+            if draw(st.booleans()):
+                pairs = tuple((f"b1.{w}", f"b0.{w}") for w in below)
+                shared = Choice(SHARE, draw(damage), draw(st.integers(0, 4)), silences=True, replaces=True, shares=pairs)
+                sites[site] = dataclasses.replace(sites[site], choices=(*sites[site].choices, shared))
+                kept = [id for id in ("b0", "b0.attention", "b0.mlp") if id != "b0.attention" or site == "b1"]
+                exclusions += [Exclusion(site, SHARE, id, Spec("drop")) for id in kept]
     if draw(st.booleans()):
         last = rows[-1]
         choices = (*last.choices[:-1], dataclasses.replace(last.choices[-1], refused="the backend has no such width"))

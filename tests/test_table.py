@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_allocate import bits, tables
 
@@ -51,6 +51,10 @@ def walk(table: OptionTable, assignment: Mapping[str, Options]) -> tuple[float, 
         choice = next(c for c in row.choices if c.options == assignment.get(site, ()))
         if not gone:
             damage += max(0.0, choice.damage)
+            for own, source in choice.shares:
+                reads = assignment.get(source, ())
+                there = next((c for c in table.sites[own].choices if c.options == reads and c.refused is None), None)
+                damage += max(0.0, (there or next(c for c in table.sites[source].choices if c.options == reads)).damage)
             readers = tied.get(site, (site,))
             stored[readers, choice.options] = max(
                 c.bytes for reader in readers for c in table.sites[reader].choices if c.options == choice.options
@@ -73,6 +77,7 @@ def walk(table: OptionTable, assignment: Mapping[str, Options]) -> tuple[float, 
 def test_evaluate_equals_a_walk_down_the_tree(table: OptionTable, seed: int) -> None:
     rng = random.Random(seed)
     assignment = {site: o for unit in table.units for o in [rng.choice(unit.options)] for site in unit.sites}
+    assume(not table.violations(assignment))
     found = table.evaluate(assignment)
     damage, stored, dropped = walk(table, assignment)
     assert found.damage == pytest.approx(damage, abs=1e-12)

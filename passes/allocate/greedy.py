@@ -104,7 +104,11 @@ class State:
             for parent in above:
                 self.below[parent].append(site)
         self.unit_of = {site: k for k, unit in enumerate(self.units) for site in unit.sites}
-        self.scopes = [tuple(dict.fromkeys(s for site in u.sites for s in (site, *self.below[site]))) for u in self.units]
+        self.sharers: dict[str, list[str]] = {}  # where a site's tensor may be read a second time
+        for site, row in table.sites.items():
+            for source in {source for choice in row.choices for _, source in choice.shares}:
+                self.sharers.setdefault(source, []).append(site)
+        self.scopes = [self._scope(u.sites) for u in self.units]
         self.rivals: dict[str, list[tuple[Options, str, Options]]] = {}
         for site, option, other, other_option in table.exclusions:
             a, b = canonical([option]), canonical([other_option])
@@ -114,9 +118,15 @@ class State:
         whole = table.evaluate(self.carried)
         self.now = Total(whole.damage, whole.bytes, len(whole.dropped))
 
+    def _scope(self, sites: Iterable[str]) -> tuple[str, ...]:
+        """The sites whose part of the total a step at `sites` may change."""
+        scope = [s for site in sites for s in (site, *self.below[site])]
+        return tuple(dict.fromkeys([*scope, *(sharer for site in scope for sharer in self.sharers.get(site, ()))]))
+
     def _related(self, unit: int) -> set[int]:
         """The units whose steps change their worth when this one takes a step."""
-        scope = self.scopes[unit]
+        scope = [*self.scopes[unit]]
+        scope += [source for site in scope for c in self.table.sites[site].choices for _, source in c.shares]
         sites = {s for site in scope for s in (site, *self.table.paths[site], *(r[1] for r in self.rivals.get(site, ())))}
         sites |= {s for site in scope for near in self.store_of[site] for s in (near, *self.table.paths[near])}
         return {self.unit_of[site] for site in sites}
@@ -141,7 +151,7 @@ class State:
             dropped += site in self.sublayers and choice.removes
             if above is not None:
                 continue
-            damage += choice.predicted
+            damage += choice.predicted + (self.table.shared(choice, self.carried) if choice.shares else 0.0)
             store = self.store_of[site]
             if len(store) == 1:
                 stored += choice.bytes

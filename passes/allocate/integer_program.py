@@ -5,6 +5,7 @@ Before -> after: a table of damages and bytes -> the plan of least summed damage
     s.t.  sum_o x[s,o] = 1 at the top, sum_o x[s,o] = sum_{o not silencing} x[parent(s),o] below it
           x[s,o] <= z[g,o],  sum_o z[g,o] = 1    a group across parents; within one parent its sites share their variables
           y[t,o] >= x[s,o]                       a tensor t that sites below several parents read: its bytes count once
+          sum_p m[s,o,p] = x[s,o], m <= x[t,p]   option o reads the tensor of t at s too, where p does its damage once more
           x[s,o] + x[t,p] <= 1                   options that conflict
           fixed + sum bytes x <= budget,  sum damage x <= limit,  sum dropped x = count
 Source: arXiv 2006.10518 (section on the integer program), arXiv 2405.17873; solved with HiGHS (Huangfu and Hall, 2018).
@@ -123,6 +124,7 @@ class _Program:
         self._variables()
         self._hierarchy()
         self._stores()
+        self._shares()
         self._exclusions()
         self._drops()
 
@@ -171,6 +173,23 @@ class _Program:
                 variables = stored
             for o, v in variables.items():
                 self.bytes[v] = self.bytes.get(v, 0.0) + self.table.price(store, o)
+
+    def _shares(self) -> None:
+        """What a shared tensor's options do at the place that shares it; sources of one cell are counted in one go."""
+        for site, row in self.table.sites.items():
+            for options, v in self.at[site].items():
+                cells: dict[int, list[tuple[str, str]]] = {}
+                for own, source in row.by_options[options].shares:
+                    cells.setdefault(min(self.at[source].values()), []).append((own, source))
+                for pairs in cells.values():
+                    x = self.at[pairs[0][1]]
+                    harm = {o: math.fsum(self.table.damage_at(own, source, o) for own, source in pairs) for o in x}
+                    if not any(harm.values()):
+                        continue
+                    twice = self._new(x, False)
+                    self.rows.append(({v: -1.0, **dict.fromkeys(twice.values(), 1.0)}, 0.0, 0.0))
+                    self.rows += [({twice[o]: 1.0, x[o]: -1.0}, -math.inf, 0.0) for o in x]
+                    self.damage |= {twice[o]: harm[o] for o in x}
 
     def _exclusions(self) -> None:
         for site, option, other, other_option in self.table.exclusions:
