@@ -19,13 +19,13 @@ from lwcompile.manager import Manager, Step
 from lwcompile.memory import give_back
 from lwcompile.prefix import Cursor
 from lwcompile.registry import make
+from lwcompile.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lwcompile.context import Context
     from lwcompile.program import Program
-    from lwcompile.site import Site
     from lwcompile.spec import Spec
     from lwcompile.stats import InputStats
     from lwcompile.structure import Structure

@@ -143,8 +143,8 @@ class Share(TransformPass):
             total = graph.graph.call_function(aten.add.Tensor, (call, call))
         call.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
         with graph.graph.inserting_before(total):
-            down = graph.get_attr(graph.fresh_name(f"{mine.names[0]}.down"), vh[:rank].to(own.dtype).contiguous())
-            up = graph.get_attr(graph.fresh_name(f"{mine.names[0]}.up"), (u[:, :rank] * s[:rank]).to(own.dtype).contiguous())
+            down = graph.get_attr(graph.fresh_name(f"{mine.names[0]}_down"), vh[:rank].to(own.dtype).contiguous())
+            up = graph.get_attr(graph.fresh_name(f"{mine.names[0]}_up"), (u[:, :rank] * s[:rank]).to(own.dtype).contiguous())
             inner = graph.graph.call_function(aten.linear.default, (call.args[0], down))
             total.args = (call, graph.graph.call_function(aten.linear.default, (inner, up)))
         for node in (total, inner, total.args[1]):
