@@ -9,16 +9,19 @@ Exact: the expansion and each distinct mask are evaluated on probe inputs and co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
+from lwcompile.contract import StoredTensor
+from lwcompile.errors import Refused
 from lwcompile.graph import ModelGraph, iterate_calls
 from lwcompile.masks import Formula, MaskRule, build, recognise
-from lwcompile.probe import evaluate, sizes_at, symbols, value_inputs, zeros
+from lwcompile.probe import ancestors, evaluate, sizes_at, symbols, value_inputs, zeros
+from lwcompile.site import Site
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -60,15 +63,15 @@ class Attention:
     bias: fx.Node | None
 
 
-def find_attentions(graph: ModelGraph) -> list[Attention]:
-    """Every attention call with heads, in order. Needs `meta["val"]`. Each distinct mask is evaluated once."""
+def find_attentions(graph: ModelGraph, within: Collection[fx.Node] | None = None) -> list[Attention]:
+    """Every attention call with heads, in order, or those of `within`. Needs `meta["val"]`. Each distinct mask is evaluated once."""
     reads = value_inputs(graph)
     streams = stream_inputs(graph)
     rules: dict[fx.Node, MaskRule | None] = {}
     found = []
     for node in iterate_calls(graph, SDPA):
         query, key, value, mask = (slots(node)[name] for name in _SLOTS[:4])
-        if query.meta["val"].dim() != 4:
+        if query.meta["val"].dim() != 4 or (within is not None and node not in within):
             continue
         if mask is not None and mask not in rules:
             rules[mask] = recognise(graph, mask, reads)
@@ -77,6 +80,50 @@ def find_attentions(graph: ModelGraph) -> list[Attention]:
         q, k, v = (n.meta["val"].shape for n in (query, key, value))
         found.append(Attention(node, query, key, value, q[1], k[1], k[3], v[3], "self" if own else "cross", rule, mask))
     return found
+
+
+def attentions_at(graph: ModelGraph, site: Site) -> list[Attention]:
+    """The attention calls of one sublayer: those between the residual stream and its branch's output.
+
+    Raises:
+        Refused: it holds none that is one operator with heads.
+    """
+    branch = next((node for node in graph.graph.nodes if node.name == site.node), None)
+    if branch is None:
+        raise Refused("it is no longer in the graph", site=site.id)
+    stops = {node for node in graph.graph.nodes if node.name == site.skip}
+    stops |= {source for user in branch.users for source in user.all_input_nodes if source is not branch}
+    within = {node for node in ancestors(branch, stops | set(iterate_calls(graph, SDPA))) if node.target is SDPA}
+    if any("val" not in node.meta for node in graph.graph.nodes):
+        graph.propagate()
+    found = find_attentions(graph, within - stops)
+    if not found:
+        raise Refused("its attention is written out in a form that is no single operator with heads", site=site.id)
+    return found
+
+
+def beside_weights(graph: ModelGraph, site: Site) -> list[StoredTensor]:
+    """What a sublayer stores beside the matrices of its linears and embeddings: norms and biases, as one tensor."""
+    branch = next(node for node in graph.graph.nodes if node.name == site.node)
+    stops = {node for node in graph.graph.nodes if node.name == site.skip}
+    reads = {n.args[1] for n in ancestors(branch, stops) if n.target is aten.linear.default}
+    reads |= {n.args[0] for n in ancestors(branch, stops) if n.target is aten.embedding.default}
+    weights = sum(n.meta["val"].numel() for n in reads if isinstance(n, fx.Node) and n.op == "get_attr")
+    count = site.parameters - weights
+    return [StoredTensor((count,))] if count > 0 else []
+
+
+def lengths(graph: ModelGraph, attention: Attention, call: Formula) -> tuple[fx.Node, fx.Node]:
+    """Size nodes of S and T: read from the inputs where they say it, so that all layers share them, else from queries and keys."""
+    nodes, stream = graph.input_nodes(), value_inputs(graph)[attention.query]
+    padding = attention.mask.padding if attention.mask is not None else None
+    length = attention.query.meta["val"].shape[2]
+    places = [(nodes[i.name], d) for i in graph.inputs if i.name in stream - {padding} for d in i.dynamic
+              if d > 0 and i.shape[d] == length]  # fmt: skip
+    if not places:
+        return call.size(attention.query, 2), call.size(attention.key, 2)
+    queries = call.size(*places[0])
+    return queries, call.size(nodes[padding], 1) if padding is not None else queries
 
 
 def stream_inputs(graph: ModelGraph) -> set[str]:

@@ -1,9 +1,9 @@
 """Attention masks, recognised by what they let through and rebuilt in one formula.
 
 before: whatever subgraph a model's library traced, for as many queries as keys
-after:  allowed[b, 0, i, j] = (j <= i + T - S) & (i + T - S - j < window) & padding[b, j]
+after:  allowed[b, 0, i, j] = (j <= i + T - S) & (i + T - S - j < window | j < first[b] + sinks) & padding[b, j]
         with T = padding.shape[1] keys and S = input.shape[1] queries, so that one graph serves prefill (T = S) and
-        decoding (T > S: the queries are the last S positions)
+        decoding (T > S: the queries are the last S positions); first[b] is the first position that is no padding
 cost:   a handful of evaluations of each distinct mask at sizes below about 60 (below 1100 for a long window)
 refuses: masks that are neither boolean nor 0 / very negative (ALiBi, relative position biases), and patterns that none of
         the hypotheses reproduces on every probe; these stay as they are
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,21 +38,30 @@ class MaskRule:
     """Which of the T keys each of the last S positions may read.
 
     causal: none after its own. window: none `window` or more away. padding: none where this input, [batch, T], is 0.
+    sinks: with a window, this many first positions (behind left padding) are open to all; where nothing is causal, they also
+        read all, as global tokens do (arXiv 2004.05150). A causal rule has the same form: its sinks read what is before them.
     """
 
     causal: bool
     window: int | None = None
     padding: str | None = None
+    sinks: int = 0
 
     def allowed(self, queries: int, keys: int, padding: Tensor | None = None) -> Tensor:
         """The rule as a boolean tensor [batch or 1, 1, queries, keys]: the reference that masks are compared with."""
-        distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+        query, key = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)
+        distance = query - key
         open_ = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+        padded = self.padding is not None and padding is not None
         if self.window is not None:
-            open_ = open_ & (distance.abs() < self.window)
-        if self.padding is None or padding is None:
-            return open_[None, None]
-        return open_ & padding.bool()[:, None, None, :]
+            near = distance.abs() < self.window
+            if self.sinks:
+                first = padding.bool().int().argmax(1)[:, None, None, None] if padded and padding is not None else 0
+                near = near | (key < first + self.sinks)
+                near = near if self.causal else near | (query < first + self.sinks)
+            open_ = open_ & near
+        open_ = open_ if open_.dim() == 4 else open_[None, None]
+        return open_ & padding.bool()[:, None, None, :] if padded and padding is not None else open_
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ def _recognise(graph: ModelGraph, mask: fx.Node, padding: str | None) -> MaskRul
     far = [n for n in numbers if n > _DIRECT]
     if len(far) > 1 or near > _LONGEST:
         return None
-    largest = near if near in tables else max(24, near + 9)
+    largest = near if near in tables else max(24, sum(sorted(n for n in numbers if n <= _DIRECT)[-2:]) + 9)
     if not far:
         return _infer(graph, mask, padding, largest, {})
     rules = [_infer(graph, mask, padding, largest, {far[0]: n}) for n in _STAND_INS]
@@ -99,9 +108,9 @@ def _recognise(graph: ModelGraph, mask: fx.Node, padding: str | None) -> MaskRul
     if first.window is None:
         return first if all(rule == first for rule in rules) else None
     offset = first.window - _STAND_INS[0]
-    if rules != [MaskRule(first.causal, n + offset, first.padding) for n in _STAND_INS]:
+    if rules != [replace(first, window=n + offset) for n in _STAND_INS]:
         return None
-    return MaskRule(first.causal, far[0] + offset, first.padding)
+    return replace(first, window=far[0] + offset)
 
 
 def _numbers(mask: fx.Node) -> set[int]:
@@ -166,12 +175,13 @@ def _hypotheses(value: Tensor, padding: str | None) -> Iterator[MaskRule]:
     """Rules to try, from the largest probe without padding."""
     open_ = value.reshape(-1, *value.shape[-2:])[0]
     open_ = open_ if open_.dtype == torch.bool else open_ == 0
-    last = int(open_[-1].sum())
-    window = None if last == open_.shape[-1] else last
+    row = open_[-1].int()
+    last, first = int(row.flip(0).cumprod(0).sum()), int(row.cumprod(0).sum())
+    window, sinks = (None, 0) if last == len(row) else (last, first)
     names = (padding, None) if padding else (None,)
     for name in names if last else ():
-        yield MaskRule(False, window, name)  # first: a mask of one row for all queries is not causal
-        yield MaskRule(True, window, name)
+        yield MaskRule(False, window, name, sinks)  # first: a mask of one row for all queries is not causal
+        yield MaskRule(True, window, name, sinks)
 
 
 class Formula:
@@ -201,9 +211,17 @@ class Formula:
         return self(aten.sym_size.int, node, dim)
 
 
-def build(call: Formula, rule: MaskRule, queries: fx.Node, keys: fx.Node) -> fx.Node | None:
-    """The canonical mask of a rule for size nodes S and T: [S, T] or, with padding, [batch, 1, S or 1, T]; None if all open."""
+def build(
+    call: Formula, rule: MaskRule, queries: fx.Node, keys: fx.Node, *, open_: fx.Node | None = None, end: fx.Node | None = None
+) -> fx.Node | None:
+    """The canonical mask of a rule for size nodes S and T: [S, T] or, with padding, [batch, 1, S or 1, T]; None if all open.
+
+    open_: bool [batch, T], where there is no padding, if not what the rule's input says. end: int64 [batch, 1], the position
+    behind each row's sinks, if not the first that is no padding and `sinks` more.
+    """
     mask: fx.Node | None = None
+    if open_ is None and rule.padding is not None:
+        open_ = padding_of(call, rule.padding)
     if rule.causal or rule.window is not None:
         start = call(operator.sub, keys, queries)
         position = call(aten.unsqueeze.default, call(aten.arange.start, start, keys), 1)
@@ -214,11 +232,30 @@ def build(call: Formula, rule: MaskRule, queries: fx.Node, keys: fx.Node) -> fx.
             distance = call(aten.sub.Tensor, position, key)
             distance = distance if rule.causal else call(aten.abs.default, distance)
             near = call(aten.lt.Scalar, distance, rule.window)
+            if rule.sinks and end is None and open_ is not None:
+                end = call(aten.add.Scalar, first_open(call, open_), rule.sinks)
+            for place in ((key,) if rule.causal else (key, position)) if rule.sinks else ():
+                near = call(aten.logical_or.default, near, _before(call, place, end, rule.sinks))
             mask = near if mask is None else call(aten.logical_and.default, mask, near)
-    if rule.padding is None:
+    if open_ is None:
         return mask
-    padding = call.graph.input_nodes()[rule.padding]
-    dtype = next(i.dtype for i in call.graph.inputs if i.name == rule.padding)
-    open_ = padding if dtype == torch.bool else call(aten._to_copy.default, padding, dtype=torch.bool)
     open_ = call(aten.unsqueeze.default, call(aten.unsqueeze.default, open_, 1), 1)
     return open_ if mask is None else call(aten.logical_and.default, mask, open_)
+
+
+def padding_of(call: Formula, name: str) -> fx.Node:
+    """The padding input as bool [batch, T]."""
+    padding = call.graph.input_nodes()[name]
+    dtype = next(i.dtype for i in call.graph.inputs if i.name == name)
+    return padding if dtype == torch.bool else call(aten._to_copy.default, padding, dtype=torch.bool)
+
+
+def first_open(call: Formula, open_: fx.Node) -> fx.Node:
+    """The first position of each row that is no padding: bool [batch, T] -> int64 [batch, 1]."""
+    return call(aten.argmax.default, call(aten._to_copy.default, open_, dtype=torch.int32), 1, True)
+
+
+def _before(call: Formula, place: fx.Node, end: fx.Node | None, sinks: int) -> fx.Node:
+    if end is None:
+        return call(aten.lt.Scalar, place, sinks)
+    return call(aten.lt.Tensor, place, call(aten.unsqueeze.default, call(aten.unsqueeze.default, end, 1), 1))

@@ -79,6 +79,8 @@ def test_each_distinct_mask_is_evaluated_once(monkeypatch):
 
 rules = st.builds(
     MaskRule, causal=st.booleans(), window=st.none() | st.integers(1, 12), padding=st.sampled_from([None, "attention_mask"])
+) | st.builds(
+    MaskRule, causal=st.booleans(), window=st.integers(5, 12), padding=st.sampled_from([None, "attention_mask"]), sinks=st.integers(1, 4)
 )
 
 
@@ -89,7 +91,9 @@ def by_loops(rule: MaskRule, queries: int, keys: int, padding: Tensor) -> Tensor
             for j in range(keys):
                 place = keys - queries + i
                 late = rule.causal and j > place
-                far = rule.window is not None and abs(place - j) >= rule.window
+                sinks = next((k for k in range(keys) if padding[b, k]), 0) + rule.sinks if rule.padding else rule.sinks
+                sunk = rule.sinks and (j < sinks or (place < sinks and not rule.causal))
+                far = rule.window is not None and abs(place - j) >= rule.window and not sunk
                 padded = rule.padding is not None and padding[b, j] == 0
                 open_[b, 0, i, j] = not (late or far or padded)
     return open_
