@@ -7,9 +7,11 @@ after:  logits, present.{i}.key/.value = f(input_ids [B, S], attention_mask [B, 
 Made from whatever a prefill graph has become: attentions that were dropped have no cache, and the others are numbered in
 order. Keys are cached as attention reads them (after rotation), heads not repeated. Positions that come from counting
 (`arange(S)`, a table's first S rows, a running sum of the mask) are taken from P on. Cross-attention reads the encoder's
-states anew at each step.
+states anew at each step. Behind a causal window the cache rolls (`lwcompile.rolling`): it holds min(P, window - 1 + sinks)
+positions, and its free length is named `past_{bound}`. P itself must still be known: without a padding input, one cache stays whole.
 
-cost:    nodes only, and with `check` three forwards over 2 x 6 tokens that compare the result with the prefill graph
+cost:    nodes only, and with `check` a forward over 2 x 6 tokens, or enough to fill the caches that roll up to `_LONGEST_CHECK`, once
+         whole and once in pieces, which are compared
 refuses: graphs without attention, attention to later positions, a fixed length, and graphs whose decoding the check finds
          different (an operator other than attention mixes positions)
 """
@@ -26,12 +28,15 @@ from torch import Tensor, fx
 from lwcompile.attention import Attention, find_attentions, mask_only, set_slots
 from lwcompile.errors import Refused
 from lwcompile.graph import Input, ModelGraph, iterate_calls
-from lwcompile.masks import Formula, build
+from lwcompile.masks import Formula, MaskRule, build
 from lwcompile.probe import ancestors, evaluate, value_inputs, zeros
+from lwcompile.rolling import Rolling, bound_of, cache_symbol, capacity
 
 aten = torch.ops.aten
 TOLERANCE = 1e-4
-_EXAMPLE_PAST = 3
+PAST = "past_key_values."
+_EXAMPLE_PAST, _EXAMPLE_KEPT = 3, 1
+_LONGEST_CHECK = 520
 
 
 def cached_attentions(graph: ModelGraph) -> list[Attention]:
@@ -44,8 +49,10 @@ def cache_bytes_per_token(graph: ModelGraph, dtype: torch.dtype = torch.float32)
     return dtype.itemsize * sum(a.kv_heads * (a.key_width + a.value_width) for a in cached_attentions(graph))
 
 
-def derive_decode(graph: ModelGraph, *, check: bool = True) -> ModelGraph:
+def derive_decode(graph: ModelGraph, *, check: bool = True, roll: bool = True) -> ModelGraph:
     """The graph that continues from a cache; the given one is left as it is.
+
+    roll: let caches behind a window roll; otherwise all are P long.
 
     Raises:
         Refused: the graph cannot be decoded step by step; the reason names the operator.
@@ -62,8 +69,12 @@ def derive_decode(graph: ModelGraph, *, check: bool = True) -> ModelGraph:
             raise Refused("attention reads later positions (an encoder); only causal models decode", site=a.node.name)
     data, dim = _sequence(decode, attentions[0])
     padding = _padding(decode, attentions, data.dynamic[dim])
-    pasts = [_add_past(decode, i, a, data) for i, a in enumerate(attentions)]
-    lengths = _lengths(decode, data, dim, padding, pasts[0][0])
+    bounds = [capacity(a.mask) if roll else None for a in attentions]
+    if padding is None and None not in bounds:
+        bounds[0] = None
+    pasts = [_add_past(decode, i, a, data, bound) for i, (a, bound) in enumerate(zip(attentions, bounds))]
+    whole = next((past for (past, _), bound in zip(pasts, bounds) if bound is None), pasts[0][0])
+    lengths = _lengths(decode, data, dim, padding, whole)
     closed, copies = mask_only(decode), {lengths.queries: lengths.keys}
     unruled = dict.fromkeys(a.bias for a in attentions if a.mask is None and a.bias is not None)
     biases = {bias: _bias_rows(decode, bias, lengths, padding, copies) for bias in unruled}
@@ -71,8 +82,15 @@ def derive_decode(graph: ModelGraph, *, check: bool = True) -> ModelGraph:
     if padding is not None:
         decode.inputs[decode.inputs.index(padding)] = _longer(padding)
     presents: dict[str, fx.Node] = {}
-    for i, (a, past) in enumerate(zip(attentions, pasts)):
-        key, value = _attend_to_past(decode, a, past, lengths, biases)
+    rolling: dict[MaskRule, Rolling] = {}
+    for i, (a, past, bound) in enumerate(zip(attentions, pasts, bounds)):
+        if bound is None:
+            key, value = _attend_to_past(decode, a, past, lengths, biases)
+        else:
+            assert a.mask is not None
+            if a.mask not in rolling:
+                rolling[a.mask] = Rolling(decode, a.node, a.mask, past[0], lengths.queries, lengths.keys)
+            key, value = _attend_within(decode, a, past, rolling[a.mask])
         presents |= {f"present.{i}.key": key, f"present.{i}.value": value}
     output = decode.output_node
     output.args = ((*output.args[0], *presents.values()),)  # type: ignore[misc]
@@ -116,18 +134,18 @@ def _padding(graph: ModelGraph, attentions: Iterable[Attention], symbol: str) ->
     return found[0] if found else None
 
 
-def _add_past(graph: ModelGraph, index: int, attention: Attention, data: Input) -> tuple[fx.Node, fx.Node]:
-    """Placeholders for one attention's cache."""
+def _add_past(graph: ModelGraph, index: int, attention: Attention, data: Input, bound: int | None) -> tuple[fx.Node, fx.Node]:
+    """Placeholders for one attention's cache, of any length or of one up to `bound`."""
     last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
     nodes = []
     for part, source, width in (("key", attention.key, attention.key_width), ("value", attention.value, attention.value_width)):
-        name = f"past_key_values.{index}.{part}"
+        name = f"{PAST}{index}.{part}"
         with graph.graph.inserting_after(last):
             last = graph.graph.create_node("placeholder", name, name=name.replace(".", "_"))
         value = source.meta["val"]
-        shape = (value.shape[0], attention.kv_heads, _EXAMPLE_PAST, width)
+        shape = (value.shape[0], attention.kv_heads, _EXAMPLE_PAST if bound is None else _EXAMPLE_KEPT, width)
         free = {0: data.dynamic[0]} if 0 in data.dynamic else {}
-        graph.inputs.append(Input(name, shape, value.dtype, free | {2: "past"}))
+        graph.inputs.append(Input(name, shape, value.dtype, free | {2: cache_symbol(bound)}))
         last.meta["val"] = value.new_empty(shape)
         nodes.append(last)
     return nodes[0], nodes[1]
@@ -156,13 +174,27 @@ def _attend_to_past(
     graph: ModelGraph, a: Attention, past: tuple[fx.Node, fx.Node], lengths: _Lengths, biases: Mapping[fx.Node, fx.Node]
 ) -> tuple[fx.Node, fx.Node]:
     """Join cached and new keys and values, and open the mask over them."""
+    key, value = _joined(graph, a, past)
+    rule = build(Formula(graph, a.node), a.mask, lengths.queries, lengths.keys) if a.mask is not None else None
+    set_slots(a.node, key=key, value=value, attn_mask=biases.get(a.bias, rule), is_causal=False)  # type: ignore[arg-type]
+    return key, value
+
+
+def _joined(graph: ModelGraph, a: Attention, past: tuple[fx.Node, fx.Node]) -> tuple[fx.Node, fx.Node]:
     with graph.graph.inserting_before(a.node):
         key, value = (graph.graph.call_function(aten.cat.default, ([p, n], 2)) for p, n in zip(past, (a.key, a.value)))
     for node in (key, value):
         node.meta["path"] = a.node.meta.get("path", "")
-    rule = build(Formula(graph, a.node), a.mask, lengths.queries, lengths.keys) if a.mask is not None else None
-    set_slots(a.node, key=key, value=value, attn_mask=biases.get(a.bias, rule), is_causal=False)  # type: ignore[arg-type]
     return key, value
+
+
+def _attend_within(graph: ModelGraph, a: Attention, past: tuple[fx.Node, fx.Node], rolling: Rolling) -> tuple[fx.Node, fx.Node]:
+    """Join what is kept with the new keys and values, read it through the window, and let go of what falls out of it."""
+    key, value = _joined(graph, a, past)
+    set_slots(a.node, key=key, value=value, attn_mask=rolling.mask, is_causal=False)
+    widths = zip((key, value), (a.key_width, a.value_width))
+    kept = [rolling.keep(node, a.kv_heads, width, a.node.next) for node, width in widths]
+    return kept[0], kept[1]
 
 
 def _over_all_keys(graph: ModelGraph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -236,18 +268,31 @@ def _following(graph: ModelGraph, node: fx.Node) -> list[int]:
 
 
 def verify_decode(prefill: ModelGraph, decode: ModelGraph) -> None:
-    """Run both on random inputs, decoding in pieces of 4, 1 and 1 tokens; `Refused` where a row that is no padding differs."""
+    """Run both on random inputs, decoding in pieces of 4, 1 and 1 tokens, or of as many as make the caches roll, and then 4, 1 and 1;
+    `Refused` where a row that is no padding differs."""
+    full = max((bound + 1 for i in decode.inputs if (bound := bound_of(i.dynamic.get(2, "")))), default=0)
+    for fill in (full, 0) if 0 < full + 6 <= _LONGEST_CHECK else (0,):
+        try:
+            return _compare(prefill, decode, fill)
+        except (RuntimeError, IndexError):
+            if not fill:  # a table of positions may be shorter than the window, which then never closes
+                raise
+
+
+def _compare(prefill: ModelGraph, decode: ModelGraph, fill: int) -> None:
     attentions = cached_attentions(decode)
     data, dim = _sequence(decode, attentions[0])
     padding = next((i.name for i in decode.inputs if i.dynamic.get(1) == "total"), None)
-    feeds = _random_inputs(prefill, data, dim, padding)
+    feeds = _random_inputs(prefill, data, dim, padding, fill + 6)
     symbol = data.dynamic[dim]
     with torch.no_grad():
         wanted = prefill.module(dense=True)(*feeds.values())[0]
         run = decode.module(dense=True)
-        cache = [torch.empty(2, a.kv_heads, 0, w) for a in attentions for w in (a.key_width, a.value_width)]
-        pieces = []
-        for start, end in ((0, 4), (4, 5), (5, 6)):
+        cache = empty_cache((i for i in decode.inputs if i.name.startswith(PAST)), 2)
+        pieces, ends = [], [fill, fill + 4, fill + 5, fill + 6]
+        for start, end in zip([0, *ends], ends):
+            if start == end:
+                continue
             step = []
             for i in prefill.inputs:
                 value = feeds[i.name]
@@ -264,15 +309,20 @@ def verify_decode(prefill: ModelGraph, decode: ModelGraph) -> None:
         raise Refused(f"decoding differs from the whole sequence by {error:.1e}: an operator besides attention mixes positions")
 
 
-def _random_inputs(graph: ModelGraph, data: Input, dim: int, padding: str | None) -> dict[str, Tensor]:
-    """Two sequences of 6, the first padded by 2 on the left; in the order of the graph's inputs."""
+def empty_cache(pasts: Iterable[Input], batch: int) -> list[Tensor]:
+    """What generation starts from: for each cache input one of no position."""
+    return [torch.zeros([batch, *(0 if d in i.dynamic else n for d, n in enumerate(i.shape) if d)], dtype=i.dtype) for i in pasts]
+
+
+def _random_inputs(graph: ModelGraph, data: Input, dim: int, padding: str | None, length: int) -> dict[str, Tensor]:
+    """Two sequences of `length`, the first padded by 2 on the left; in the order of the graph's inputs."""
     symbol, random, reads = data.dynamic[dim], torch.Generator().manual_seed(0), value_inputs(graph)
     tables = [n.all_input_nodes[:2] for n in iterate_calls(graph, aten.embedding.default)]
-    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask = torch.ones(2, length, dtype=torch.int64)
     mask[0, :2] = 0 if padding else 1
     feeds = {}
     for i in graph.inputs:
-        shape = [{symbol: 6}.get(i.dynamic.get(d, ""), 2 if d == 0 and d in i.dynamic else n) for d, n in enumerate(i.shape)]
+        shape = [{symbol: length}.get(i.dynamic.get(d, ""), 2 if d == 0 and d in i.dynamic else n) for d, n in enumerate(i.shape)]
         if i.dtype.is_floating_point:
             feeds[i.name] = torch.randn(shape, generator=random).to(i.dtype)
             continue
@@ -280,7 +330,7 @@ def _random_inputs(graph: ModelGraph, data: Input, dim: int, padding: str | None
             value = mask
         elif i.name == data.name:
             value = torch.randint(0, 1 << 30, shape, generator=random)
-        elif shape == [2, 6] and i.dynamic.get(1) == symbol:
+        elif shape == [2, length] and i.dynamic.get(1) == symbol:
             value = (mask.cumsum(1) - 1).clamp(min=0)
         else:
             value = torch.ones(shape, dtype=torch.int64)

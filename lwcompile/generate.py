@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lwcompile.decode import PAST, empty_cache
 from lwcompile.errors import BadInput
 from lwcompile.graph import Input, ModelGraph
 
@@ -43,7 +44,7 @@ class Roles:
     @classmethod
     def of(cls, graph: ModelGraph, given: Collection[str] = ()) -> Roles:
         """The roles of a graph that `derive_decode` made; `given` names inputs that stay the same over all steps."""
-        pasts = tuple(i for i in graph.inputs if i.name.startswith("past_key_values."))
+        pasts = tuple(i for i in graph.inputs if i.name.startswith(PAST))
         free = [i for i in graph.inputs if i not in pasts and i.name not in given]
         padding = [i.name for i in free if i.dynamic.get(1) == "total"]
         rest = [i.name for i in free if i.name not in padding]
@@ -83,13 +84,10 @@ class GraphStep:
         values = {roles.tokens: input_ids, **self.given}
         values |= {roles.padding: attention_mask} if roles.padding else {}
         values |= {roles.positions: position_ids} if roles.positions else {}
-        values |= zip((i.name for i in roles.pasts), cache or self._empty(len(input_ids)))
+        values |= zip((i.name for i in roles.pasts), cache or empty_cache(roles.pasts, len(input_ids)))
         with torch.no_grad():
             outputs = self.module(*(values[name] for name in self.inputs))
         return outputs[0].float(), list(outputs[self.kept :])
-
-    def _empty(self, batch: int) -> list[Tensor]:
-        return [torch.empty(batch, i.shape[1], 0, i.shape[3], dtype=i.dtype) for i in self.roles.pasts]
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,11 @@ def test_each_distinct_mask_is_evaluated_once(monkeypatch):
 rules = st.builds(
     MaskRule, causal=st.booleans(), window=st.none() | st.integers(1, 12), padding=st.sampled_from([None, "attention_mask"])
 ) | st.builds(
-    MaskRule, causal=st.booleans(), window=st.integers(5, 12), padding=st.sampled_from([None, "attention_mask"]), sinks=st.integers(1, 4)
+    MaskRule,
+    causal=st.booleans(),
+    window=st.integers(5, 12),
+    padding=st.sampled_from([None, "attention_mask"]),
+    sinks=st.integers(1, 4),
 )
 
 

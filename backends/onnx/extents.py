@@ -88,12 +88,14 @@ def extents(graph: ModelGraph) -> Extents:
     raise Refused(f"the graph runs at no other sizes of {', '.join(symbols)} than the example's ({reasons[-1]})")
 
 
+_PRIMES = (5, 11, 17, 23, 29, 37, 43, 47, 61, 71, 79, 97), (7, 13, 19, 3, 31, 41, 53, 59, 67, 73, 83, 101)
+
+
 def _candidates(graph: ModelGraph, symbols: list[str]) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
     example = example_sizes(graph.inputs)
-    yield dict(zip(symbols, (5, 11, 17, 23, 29, 37, 43, 47))), dict(zip(symbols, (7, 13, 19, 3, 31, 41, 53, 59)))
+    first, second = dict(zip(symbols, _PRIMES[0])), dict(zip(symbols, _PRIMES[1]))
+    yield first, second
     if sums(graph.inputs):
-        first = dict(zip(symbols, (5, 11, 17, 23, 29, 37, 43, 47)))
-        second = dict(zip(symbols, (7, 13, 19, 3, 31, 41, 53, 59)))
         yield summed(graph.inputs, first), summed(graph.inputs, second)
     yield {s: v + i for i, (s, v) in enumerate(example.items())}, {s: v + 5 * i + 3 for i, (s, v) in enumerate(example.items())}
     yield {s: 2 * v for s, v in example.items()}, {s: (3 + i) * v for i, (s, v) in enumerate(example.items())}

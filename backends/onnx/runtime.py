@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lwcompile.backends.onnx.parity import open_session, run_session
-from lwcompile.backends.onnx.samples import PAST
+from lwcompile.decode import PAST
 from lwcompile.errors import BadInput, Refused
+from lwcompile.rolling import bound_of
 
 _DTYPES = {
     "tensor(float)": torch.float32,
@@ -60,7 +61,7 @@ class Runtime:
         batch = next(iter(feed.values())).shape[0]
         for item in session.get_inputs():
             if item.name not in given and item.name.startswith(PAST):
-                given[item.name] = torch.zeros(batch, item.shape[1], 0, item.shape[3], dtype=_DTYPES[item.type])
+                given[item.name] = _empty(item, batch)
             elif item.name not in given:
                 raise BadInput(f"the model takes {item.name!r}, which was not given")
         names = [o.name for o in session.get_outputs()]
@@ -96,12 +97,14 @@ class OnnxStep:
         if self.padding is None and not attention_mask.all():
             raise BadInput("this model has no attention mask, so it cannot take padded prompts; generate one at a time")
         feed = {self.tokens: input_ids.numpy(), self.padding: attention_mask.numpy(), self.positions: position_ids.numpy()}
-        feed |= zip((i.name for i in self.pasts), cache or self._empty(len(input_ids)))
+        feed |= zip((i.name for i in self.pasts), cache or [_empty(i, len(input_ids)).numpy() for i in self.pasts])
         outputs = self.session.run(None, {name: value for name, value in feed.items() if name is not None})
         return torch.from_numpy(np.asarray(outputs[0])[:, -1]).float(), outputs[len(outputs) - len(self.pasts) :]
 
-    def _empty(self, batch: int) -> list[np.ndarray]:
-        return [torch.zeros(batch, i.shape[1], 0, i.shape[3], dtype=_DTYPES[i.type]).numpy() for i in self.pasts]
+
+def _empty(item: Any, batch: int) -> Tensor:
+    """A cache input of no position."""
+    return torch.zeros([batch, *(d if isinstance(d, int) else 0 for d in item.shape[1:])], dtype=_DTYPES[item.type])
 
 
 @lru_cache(maxsize=2)
@@ -113,7 +116,8 @@ def _feed(session: ort.InferenceSession, tokens: int, past: int) -> dict[str, Te
     """Inputs of one row: every free length is `tokens`, a cache's is `past`, a mask over both their sum."""
     made = {}
     for item in session.get_inputs():
-        lengths = {"past": past, "total": past + tokens}
+        bounds = {d: bound for d in item.shape if isinstance(d, str) and (bound := bound_of(d)) is not None}
+        lengths = {"past": past, "total": past + tokens, **{name: min(past, bound) for name, bound in bounds.items()}}
         free = [lengths.get(d, tokens) if i else 1 for i, d in enumerate(item.shape)]
         shape = [d if isinstance(d, int) else n for d, n in zip(item.shape, free)]
         dtype = _DTYPES[item.type]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lwcompile.backends.onnx.extents import example_sizes, shape_at, summed
+from lwcompile.decode import PAST, empty_cache
 from lwcompile.errors import BadInput
 from lwcompile.graph import Input, ModelGraph, iterate_calls
 from lwcompile.probe import value_inputs
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from lwcompile.context import Context
 
 Feed = dict[str, Tensor]
-PAST, PRESENT = "past_key_values.", "present."
+PRESENT = "present."
 MOST_TOKENS = 96
 """Positions per sample: enough to see what breaks, few enough for the slow kernels of an exact run."""
 
@@ -49,7 +50,7 @@ def _continued(graph: ModelGraph, run: torch.nn.Module, feed: Feed) -> Iterator[
     symbol = next(s for i in data if i is not total for d, s in i.dynamic.items() if d > 0)
     length = max(feed[i.name].shape[d] for i in data if i is not total for d, s in i.dynamic.items() if s == symbol)
     batch = next(feed[i.name].shape[0] for i in data)
-    past = {i.name: torch.zeros([batch, i.shape[1], 0, i.shape[3]], dtype=i.dtype) for i in caches}
+    past = dict(zip((i.name for i in caches), empty_cache(caches, batch)))
     cut = max(1, length - 3)
     for start, end in ((0, cut), (cut, length)) if length > 1 else ((0, 1),):
         case = {}
