@@ -25,6 +25,7 @@ from lwcompile.site import Site
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
+HYBRID = torch.ops.lwcompile.hybrid_attention.default
 _SLOTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -48,6 +49,8 @@ class Attention:
 
     kind: "self" if keys come from the stream that asks, "cross" if from another input.
     mask: the rule it follows, or None where the mask follows no rule that is known (`bias` is its node).
+    softmax_window: keys that are read by softmax where the others are read by feature maps (`lwcompile.linear_attention`); None if
+        all are. features: of these maps.
     """
 
     node: fx.Node
@@ -61,6 +64,8 @@ class Attention:
     kind: Literal["self", "cross"]
     mask: MaskRule | None
     bias: fx.Node | None
+    softmax_window: int | None = None
+    features: int = 0
 
 
 def find_attentions(graph: ModelGraph, within: Collection[fx.Node] | None = None) -> list[Attention]:
@@ -69,9 +74,12 @@ def find_attentions(graph: ModelGraph, within: Collection[fx.Node] | None = None
     streams = stream_inputs(graph)
     rules: dict[fx.Node, MaskRule | None] = {}
     found = []
-    for node in iterate_calls(graph, SDPA):
-        query, key, value, mask = (slots(node)[name] for name in _SLOTS[:4])
+    for node in iterate_calls(graph, SDPA, HYBRID):
+        query, key, value, mask = (slots(node)[name] for name in _SLOTS[:4]) if node.target is SDPA else node.args[:4]
         if query.meta["val"].dim() != 4 or (within is not None and node not in within):
+            continue
+        if node.target is HYBRID:
+            found.append(_hybrid(node, next(iter(reads[mask]), None) if mask is not None else None))
             continue
         if mask is not None and mask not in rules:
             rules[mask] = recognise(graph, mask, reads)
@@ -80,6 +88,13 @@ def find_attentions(graph: ModelGraph, within: Collection[fx.Node] | None = None
         q, k, v = (n.meta["val"].shape for n in (query, key, value))
         found.append(Attention(node, query, key, value, q[1], k[1], k[3], v[3], "self" if own else "cross", rule, mask))
     return found
+
+
+def _hybrid(node: fx.Node, padding: str | None) -> Attention:
+    query, key, value, open_, _, maps, _, _, window, _ = node.args
+    q, k, v = (n.meta["val"].shape for n in (query, key, value))  # type: ignore[union-attr]
+    rule, count = MaskRule(True, None, padding), 2 * maps.meta["val"].shape[-1]  # type: ignore[union-attr]
+    return Attention(node, query, key, value, q[1], k[1], k[3], v[3], "self", rule, open_, window, count)  # type: ignore[arg-type]
 
 
 def attentions_at(graph: ModelGraph, site: Site) -> list[Attention]:
@@ -93,7 +108,8 @@ def attentions_at(graph: ModelGraph, site: Site) -> list[Attention]:
         raise Refused("it is no longer in the graph", site=site.id)
     stops = {node for node in graph.graph.nodes if node.name == site.skip}
     stops |= {source for user in branch.users for source in user.all_input_nodes if source is not branch}
-    within = {node for node in ancestors(branch, stops | set(iterate_calls(graph, SDPA))) if node.target is SDPA}
+    calls = set(iterate_calls(graph, SDPA, HYBRID))
+    within = ancestors(branch, stops | calls) & calls
     if any("val" not in node.meta for node in graph.graph.nodes):
         graph.propagate()
     found = find_attentions(graph, within - stops)
@@ -271,15 +287,17 @@ def mask_only(graph: ModelGraph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in reversed(graph.graph.nodes):
         if node.op == "call_function" and node.users:
-            uses = (user in found or (user.target is SDPA and _reads_as_mask_only(user, node)) for user in node.users)
+            uses = (user in found or _reads_as_mask_only(user, node) for user in node.users)
             if all(uses):
                 found.add(node)
     return found
 
 
 def _reads_as_mask_only(call: fx.Node, node: fx.Node) -> bool:
-    given = slots(call)
-    return given["attn_mask"] is node and node not in (given["query"], given["key"], given["value"])
+    if call.target not in (SDPA, HYBRID):
+        return False
+    mask = slots(call)["attn_mask"] if call.target is SDPA else call.args[3]
+    return mask is node and node not in call.args[:3]
 
 
 def _sizes_from_data(graph: ModelGraph) -> None:

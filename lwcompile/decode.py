@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from lwcompile.attention import Attention, find_attentions, mask_only, set_slots
+from lwcompile.attention import HYBRID, Attention, find_attentions, mask_only, set_slots
 from lwcompile.errors import Refused
 from lwcompile.graph import Input, ModelGraph, iterate_calls
 from lwcompile.masks import Formula, MaskRule, build
@@ -34,7 +34,7 @@ from lwcompile.rolling import Rolling, bound_of, cache_symbol, capacity
 
 aten = torch.ops.aten
 TOLERANCE = 1e-4
-PAST = "past_key_values."
+PAST, PARTS = "past_key_values.", ("key", "value", "state")
 _EXAMPLE_PAST, _EXAMPLE_KEPT = 3, 1
 _LONGEST_CHECK = 520
 
@@ -69,11 +69,11 @@ def derive_decode(graph: ModelGraph, *, check: bool = True, roll: bool = True) -
             raise Refused("attention reads later positions (an encoder); only causal models decode", site=a.node.name)
     data, dim = _sequence(decode, attentions[0])
     padding = _padding(decode, attentions, data.dynamic[dim])
-    bounds = [capacity(a.mask) if roll else None for a in attentions]
+    bounds = [capacity(_kept(a)) if roll else None for a in attentions]
     if padding is None and None not in bounds:
         bounds[0] = None
     pasts = [_add_past(decode, i, a, data, bound) for i, (a, bound) in enumerate(zip(attentions, bounds))]
-    whole = next((past for (past, _), bound in zip(pasts, bounds) if bound is None), pasts[0][0])
+    whole = next((past[0] for past, bound in zip(pasts, bounds) if bound is None), pasts[0][0])
     lengths = _lengths(decode, data, dim, padding, whole)
     closed, copies = mask_only(decode), {lengths.queries: lengths.keys}
     unruled = dict.fromkeys(a.bias for a in attentions if a.mask is None and a.bias is not None)
@@ -84,14 +84,13 @@ def derive_decode(graph: ModelGraph, *, check: bool = True, roll: bool = True) -
     presents: dict[str, fx.Node] = {}
     rolling: dict[MaskRule, Rolling] = {}
     for i, (a, past, bound) in enumerate(zip(attentions, pasts, bounds)):
-        if bound is None:
-            key, value = _attend_to_past(decode, a, past, lengths, biases)
+        if bound is None or (rule := _kept(a)) is None:
+            made = _attend_to_past(decode, a, past, lengths, biases)
         else:
-            assert a.mask is not None
-            if a.mask not in rolling:
-                rolling[a.mask] = Rolling(decode, a.node, a.mask, past[0], lengths.queries, lengths.keys)
-            key, value = _attend_within(decode, a, past, rolling[a.mask])
-        presents |= {f"present.{i}.key": key, f"present.{i}.value": value}
+            if rule not in rolling:
+                rolling[rule] = Rolling(decode, a.node, rule, past[0], lengths.queries, lengths.keys)
+            made = _attend_within(decode, a, past, rolling[rule])
+        presents |= {f"present.{i}.{part}": node for part, node in zip(PARTS, made)}
     output = decode.output_node
     output.args = ((*output.args[0], *presents.values()),)  # type: ignore[misc]
     decode.outputs += presents
@@ -100,6 +99,11 @@ def derive_decode(graph: ModelGraph, *, check: bool = True, roll: bool = True) -
     if check:
         verify_decode(graph, decode)
     return decode
+
+
+def _kept(a: Attention) -> MaskRule | None:
+    """The rule of the keys that must be kept: those that softmax reads."""
+    return a.mask if a.softmax_window is None or a.mask is None else replace(a.mask, window=a.softmax_window)
 
 
 @dataclass(frozen=True)
@@ -134,21 +138,22 @@ def _padding(graph: ModelGraph, attentions: Iterable[Attention], symbol: str) ->
     return found[0] if found else None
 
 
-def _add_past(graph: ModelGraph, index: int, attention: Attention, data: Input, bound: int | None) -> tuple[fx.Node, fx.Node]:
-    """Placeholders for one attention's cache, of any length or of one up to `bound`."""
+def _add_past(graph: ModelGraph, index: int, attention: Attention, data: Input, bound: int | None) -> tuple[fx.Node, ...]:
+    """Placeholders for one attention's cache, of any length or of one up to `bound`; then, if it is partly linear, for its state."""
     last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
-    nodes = []
-    for part, source, width in (("key", attention.key, attention.key_width), ("value", attention.value, attention.value_width)):
+    nodes, length = [], _EXAMPLE_PAST if bound is None else _EXAMPLE_KEPT
+    sizes = [(length, attention.key_width), (length, attention.value_width), (attention.features, attention.value_width + 1)]
+    for part, (rows, width) in zip(PARTS, sizes if bound is not None and attention.features else sizes[:2]):
         name = f"{PAST}{index}.{part}"
         with graph.graph.inserting_after(last):
             last = graph.graph.create_node("placeholder", name, name=name.replace(".", "_"))
-        value = source.meta["val"]
-        shape = (value.shape[0], attention.kv_heads, _EXAMPLE_PAST if bound is None else _EXAMPLE_KEPT, width)
+        value = attention.value.meta["val"] if part == "value" else attention.key.meta["val"]
+        shape = (value.shape[0], attention.kv_heads, rows, width)
         free = {0: data.dynamic[0]} if 0 in data.dynamic else {}
-        graph.inputs.append(Input(name, shape, value.dtype, free | {2: cache_symbol(bound)}))
+        graph.inputs.append(Input(name, shape, value.dtype, free if part == "state" else free | {2: cache_symbol(bound)}))
         last.meta["val"] = value.new_empty(shape)
         nodes.append(last)
-    return nodes[0], nodes[1]
+    return tuple(nodes)
 
 
 def _lengths(graph: ModelGraph, data: Input, dim: int, padding: Input | None, past: fx.Node) -> _Lengths:
@@ -171,16 +176,19 @@ def _longer(padding: Input) -> Input:
 
 
 def _attend_to_past(
-    graph: ModelGraph, a: Attention, past: tuple[fx.Node, fx.Node], lengths: _Lengths, biases: Mapping[fx.Node, fx.Node]
-) -> tuple[fx.Node, fx.Node]:
+    graph: ModelGraph, a: Attention, past: tuple[fx.Node, ...], lengths: _Lengths, biases: Mapping[fx.Node, fx.Node]
+) -> tuple[fx.Node, ...]:
     """Join cached and new keys and values, and open the mask over them."""
     key, value = _joined(graph, a, past)
+    if a.node.target is HYBRID:
+        a.node.args = (a.query, key, value, *a.node.args[3:])
+        return key, value
     rule = build(Formula(graph, a.node), a.mask, lengths.queries, lengths.keys) if a.mask is not None else None
     set_slots(a.node, key=key, value=value, attn_mask=biases.get(a.bias, rule), is_causal=False)  # type: ignore[arg-type]
     return key, value
 
 
-def _joined(graph: ModelGraph, a: Attention, past: tuple[fx.Node, fx.Node]) -> tuple[fx.Node, fx.Node]:
+def _joined(graph: ModelGraph, a: Attention, past: tuple[fx.Node, ...]) -> tuple[fx.Node, fx.Node]:
     with graph.graph.inserting_before(a.node):
         key, value = (graph.graph.call_function(aten.cat.default, ([p, n], 2)) for p, n in zip(past, (a.key, a.value)))
     for node in (key, value):
@@ -188,13 +196,20 @@ def _joined(graph: ModelGraph, a: Attention, past: tuple[fx.Node, fx.Node]) -> t
     return key, value
 
 
-def _attend_within(graph: ModelGraph, a: Attention, past: tuple[fx.Node, fx.Node], rolling: Rolling) -> tuple[fx.Node, fx.Node]:
+def _attend_within(graph: ModelGraph, a: Attention, past: tuple[fx.Node, ...], rolling: Rolling) -> tuple[fx.Node, ...]:
     """Join what is kept with the new keys and values, read it through the window, and let go of what falls out of it."""
     key, value = _joined(graph, a, past)
-    set_slots(a.node, key=key, value=value, attn_mask=rolling.mask, is_causal=False)
     widths = zip((key, value), (a.key_width, a.value_width))
     kept = [rolling.keep(node, a.kv_heads, width, a.node.next) for node, width in widths]
-    return kept[0], kept[1]
+    if a.node.target is not HYBRID:
+        set_slots(a.node, key=key, value=value, attn_mask=rolling.mask, is_causal=False)
+        return kept[0], kept[1]
+    map_key = a.node.args[6]
+    a.node.args = (a.query, key, value, rolling.open, past[2], *a.node.args[5:])
+    with graph.graph.inserting_after(a.node):
+        args = (key, value, rolling.open, past[2], map_key, a.softmax_window)
+        state = graph.graph.call_function(torch.ops.lwcompile.absorb_keys.default, args)
+    return kept[0], kept[1], state
 
 
 def _over_all_keys(graph: ModelGraph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:

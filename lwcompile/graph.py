@@ -101,8 +101,12 @@ class ModelGraph:
 
     def level(self) -> str:
         """`quantized` once a dequantizing operator stands in the graph, else `captured`."""
-        packed = any(getattr(n.target, "namespace", "") == "lwcompile" for n in self.graph.nodes)
-        return "quantized" if packed else "captured"
+        return "quantized" if any(self._unpacks(node) for node in self.graph.nodes) else "captured"
+
+    @staticmethod
+    def _unpacks(node: fx.Node) -> bool:
+        """Whether an operator of ours makes a weight from stored tensors alone."""
+        return getattr(node.target, "namespace", "") == "lwcompile" and all(s.op == "get_attr" for s in node.all_input_nodes)
 
     # --- editing
 
@@ -161,9 +165,7 @@ class ModelGraph:
         folded = self.copy()
         folded.store = OverlayStore(self.store)
         for node in folded.nodes:
-            if getattr(node.target, "namespace", "") != "lwcompile":
-                continue
-            if any(source.op != "get_attr" for source in node.all_input_nodes):
+            if not self._unpacks(node):
                 continue
             values = fx.map_arg((node.args, node.kwargs), lambda n: folded.tensor(str(n.target)))
             name = folded.fresh_name(f"{node.all_input_nodes[0].target}.dense")

@@ -1,4 +1,4 @@
-"""The project's operators: what a graph of level `quantized` computes with.
+"""The project's operators: what a graph of level `quantized` computes with, and attention that is partly linear.
 
 `lwcompile::dequantize` turns packed codes into a float32 weight, so that a quantized linear is
 `aten.linear(x, lwcompile::dequantize(codes, scale, zero, ...), bias)` and an embedding is
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from lwcompile.formats import row_chunks, to_weights_, unpack_bits
+from lwcompile.linear_attention import absorb_keys, hybrid_attention
+
+__all__ = ["absorb_keys", "dequantize", "hybrid_attention"]
 
 
 @torch.library.custom_op("lwcompile::dequantize", mutates_args=())

@@ -24,6 +24,7 @@ aten = torch.ops.aten
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 WEIGHTED = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.convolution.default)
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
+ATTENTIONS = (aten.scaled_dot_product_attention.default, torch.ops.lwcompile.hybrid_attention.default)
 ROUTING = (aten.topk.default, aten.histc.default, aten.scatter.value, aten.one_hot.default, aten.scatter_.value)
 
 ResidualAdd = tuple[fx.Node, fx.Node, fx.Node]
@@ -194,7 +195,7 @@ class Residuals:
 
     def _kind(self, nodes: frozenset[fx.Node]) -> SiteKind:
         targets = {node.target for node in nodes}
-        if aten.scaled_dot_product_attention.default in targets or self._mixes_by_softmax(nodes):
+        if targets & set(ATTENTIONS) or self._mixes_by_softmax(nodes):
             return "attention"
         if targets & set(ROUTING) or any("grouped_mm" in str(t) for t in targets):
             return "moe"

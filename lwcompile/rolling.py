@@ -40,7 +40,7 @@ def bound_of(symbol: str) -> int | None:
 
 
 class Rolling:
-    """The nodes that all caches of one rule share: their mask, and which of past and new entries are kept.
+    """The nodes that all caches of one rule share: their mask, which entries are no padding (`open`), and which are kept.
 
     past: one of the caches, [B, heads, kept, width]. queries, total: size nodes of S and T.
     """
@@ -69,6 +69,7 @@ class Rolling:
                 full = call(aten.clamp_max.default, first, call(operator.sub, total, capacity(rule)))
                 moved = call(aten.sub.Tensor, call(aten.maximum.default, full, start), start)
                 self.sinks = call(aten.add.Tensor, call(aten.slice.Tensor, entry, 0, 0, rule.sinks), moved)
+        self.open = open_
         self.mask = build(call, rule, queries, keys, open_=open_, end=end)
 
     def keep(self, joined: fx.Node, heads: int, width: int, before: fx.Node) -> fx.Node:
