@@ -56,6 +56,10 @@ def stats_of(ctx: Context, graph: ModelGraph, site: Site, wanted: Wanted) -> Inp
     """What a solver may know of a weight's inputs: see `Context.stats_of`."""
     if ctx.prefix is not None and (found := ctx.prefix.stats(site, wanted)) is not None:
         return found
+    if site.id in ctx.derived:
+        parent, by = ctx.derived[site.id]
+        known_of = stats_of(ctx, graph, parent, wanted)
+        return known_of if known_of is None or by is None else known_of.through(by)
     stats = ctx.stats.setdefault(wanted.importance, {})
     if site.id not in stats:
         structure = ctx.structure

@@ -97,7 +97,8 @@ def apply_plan(
     compressed = program.copy()
     structural, numeric = _steps(program, choices, structure)
     if structural:
-        manager.transform(compressed, structural)
+        left = {site.id: t.children(program.entries[site.entry], site) for site, t in manager.transform(compressed, structural)}
+        numeric = [(child, format) for site, format in numeric for child in left.get(site.id, [site])]
     if numeric:
         numeric = _in_order(compressed, numeric, structure)
         tied = [id for ids in structure.tied for id in ids]

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lwcompile.contract import Backend, Damage, Needs, StoredTensor, TransformPass
-from lwcompile.errors import Refused
+from lwcompile.errors import BadPlan, Refused
+from lwcompile.graph import ModelGraph
 from lwcompile.program import Program
 from lwcompile.recipe import Recipe
 from lwcompile.registry import make
@@ -26,12 +27,25 @@ Damages = Mapping[str, Mapping[Spec, Damage]]
 
 @dataclass
 class Offer:
-    """The options on offer at each site, what they need of others, the transforms behind them, and the refusals with reasons."""
+    """The options on offer at each site, what they need of others, the transforms behind them, and the refusals with reasons.
+
+    Behind a joint option stands its structural transform; `formats` gives the numeric one that follows.
+    """
 
     options: dict[str, list[Spec]] = field(default_factory=dict)
     refused: dict[tuple[str, Spec], str] = field(default_factory=dict)
     transforms: dict[Spec, TransformPass] = field(default_factory=dict)
     needs: dict[tuple[str, Spec], Needs] = field(default_factory=dict)
+
+    def formats(self, spec: Spec) -> list[TransformPass]:
+        return [self.transforms[part] for part in spec.then]
+
+    def stored(self, graph: ModelGraph, site: Site, spec: Spec) -> list[StoredTensor]:
+        """What the site stores under an option: what a numeric format makes of each weight that a structural one leaves."""
+        transform = self.transforms[spec]
+        if not spec.then:
+            return transform.stored(graph, site)
+        return [t for f in self.formats(spec) for child in transform.children(graph, site) for t in f.stored(graph, child)]
 
 
 def offer(program: Program, structure: Structure, recipe: Recipe) -> Offer:
@@ -42,14 +56,20 @@ def offer(program: Program, structure: Structure, recipe: Recipe) -> Offer:
         for spec in recipe.offered(site.id, site.kind):
             if spec == KEEP:
                 continue
-            if spec not in made.transforms:
-                made.transforms[spec] = make("passes", spec)
-            transform = made.transforms[spec]
+            for part in spec.parts:
+                if part not in made.transforms:
+                    made.transforms[part] = make("passes", part)
+            transform, formats = made.transforms.setdefault(spec, made.transforms[spec.parts[0]]), made.formats(spec)
+            if formats and (len(formats) > 1 or not transform.structural or formats[0].structural):
+                raise BadPlan(f"{spec}: a site takes one structural option and one numeric format, in that order")
             try:
                 if not transform.sites([site]):
                     raise Refused(f"{spec.name} does not apply to a site of kind {site.kind}", site=site.id)
                 transform.check(graph, site)
                 made.needs[site.id, spec] = transform.needs(graph, site, structure)
+                for numeric in formats:
+                    if len(numeric.sites(children := transform.children(graph, site))) != len(children) or not children:
+                        raise Refused(f"{spec.name} leaves no weights here for {numeric.name}", site=site.id)
             except Refused as refusal:
                 made.refused[site.id, spec] = refusal.reason
                 continue
@@ -123,22 +143,24 @@ def _row(program: Program, structure: Structure, site: Site, made: Offer, damage
     choices = [Choice(KEEP, 0.0, dense)]
     for spec in made.options.get(site.id, ()):
         transform = made.transforms[spec]
+        *structural, last = spec.parts
+        facts: dict[str, Any] = {"silences": transform.silences, "replaces": transform.replaces}
+        facts |= {"structural": next(iter(structural), None), "shares": tuple(made.needs[site.id, spec].shared.items())}
         try:
-            stored = sum(backend.price(t) for t in transform.stored(graph, site))
+            stored = sum(backend.price(t) for t in made.stored(graph, site, spec))
         except Refused as refusal:
-            choices.append(Choice(spec, 0.0, dense, refused=refusal.reason, silences=transform.silences))
+            choices.append(Choice(last, 0.0, dense, refused=refusal.reason, **facts))
             continue
         found = damages.get(site.id, {}).get(spec)
-        facts: dict[str, Any] = {"silences": transform.silences, "replaces": transform.replaces}
-        facts["shares"] = tuple(made.needs[site.id, spec].shared.items())
         if found is None:
-            choices.append(Choice(spec, 0.0, stored, refused="no analysis scored it", **facts))
+            choices.append(Choice(last, 0.0, stored, refused="no analysis scored it", **facts))
             continue
         spread = (found.high - found.low) / 3.92 if found.high == found.high else 0.0
-        choices.append(Choice(spec, found.value, stored, spread, **facts))
+        choices.append(Choice(last, found.value, stored, spread, **facts))
     for (id, spec), reason in made.refused.items():
         if id == site.id:
-            choices.append(Choice(spec, 0.0, dense, refused=reason))
+            *structural, last = spec.parts
+            choices.append(Choice(last, 0.0, dense, refused=reason, structural=next(iter(structural), None)))
     return SiteRow(site.id, site.parent, site.kind, site.parameters, dense, tuple(choices))
 
 

@@ -70,6 +70,7 @@ class Context:
         program: the dense program, whose activations solvers see unless `prefix` knows others.
         batch_size: samples that run through the model together.
         energies: the importance of the calibration tokens, once it is known.
+        derived: by the id of a site that a transform made, the site it came from and how its inputs follow from that one's.
         prefix: the inputs of layers behind already compressed ones, while a plan is applied.
         scope: content key of what `solved` results depend on beside their own token.
     """
@@ -93,6 +94,7 @@ class Context:
     stats: dict[float, dict[str, InputStats | None]] = field(default_factory=dict)
     energies: Mapping[str, Tensor] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
+    derived: dict[str, tuple[Site, Tensor | None]] = field(default_factory=dict)
     prefix: Prefix | None = None
     scope: str = ""
 
@@ -128,6 +130,13 @@ class Context:
         """A remark that is made once, however often its cause comes up."""
         if (made := Remark(by, site, "note", text)) not in self.remarks:
             self.remarks.append(made)
+
+    def derive(self, child: Site, parent: Site, by: Tensor | None = None) -> None:
+        """Say what a child site is fed: what its parent is, or `by` applied to that ([k, K]), or some of its channels ([k] int64).
+
+        What solvers may then know of it follows from the parent, wherever the samples do not run through the edited program.
+        """
+        self.derived[child.id] = parent, by
 
     def once(self, token: Any, make: Callable[[], Any]) -> Any:
         """`make()`, or what it made before under this token in this run."""
@@ -218,18 +227,18 @@ class Context:
     # --- options
 
     def transform(self, spec: Spec) -> TransformPass:
-        """The transform that an option names, configured; from the registry."""
+        """The transform that an option names, configured; of a joint one the structural. From the registry."""
         from lwcompile.registry import make
 
-        return make("passes", spec)
+        return make("passes", spec.parts[0])
 
     def code_of(self, option: Spec) -> list[str]:
-        """Hashes of the code behind an option: its transform's, and its solver's if it names one."""
+        """Hashes of the code behind an option: its transforms', and their solvers' if they name one."""
         from lwcompile.registry import load
 
-        transform = self.transform(option)
-        solver = getattr(transform, "solver", None)
-        return [code_hash(type(transform)), *([code_hash(load("solvers", solver.name))] if isinstance(solver, Spec) else [])]
+        transforms = [self.transform(part) for part in option.parts]
+        solvers = [s for t in transforms if isinstance(s := getattr(t, "solver", None), Spec)]
+        return [*(code_hash(type(t)) for t in transforms), *(code_hash(load("solvers", s.name)) for s in solvers)]
 
     def edited(self, program: Program, sites: Iterable[str], options: Iterable[Spec]) -> Program:
         """A copy of the program with these options applied, in order, at each of these sites. `Refused` if one does not apply.
@@ -244,11 +253,13 @@ class Context:
         for graph in changed.entries.values():
             graph.store = changed.store
         for spec in options:
-            transform = self.transform(spec)
+            first, *formats = (self.transform(part) for part in spec.parts)
             for id in sites:
-                graph = changed.entries[known[id].entry]
-                transform.check(graph, known[id])
-                transform.apply(graph, known[id], self)
+                graph, before = changed.entries[known[id].entry], program.entries[known[id].entry]
+                steps = [(first, known[id]), *((f, child) for f in formats for child in first.children(before, known[id]))]
+                for transform, site in steps:
+                    transform.check(graph, site)
+                    transform.apply(graph, site, self)
         self.memo = memo
         return changed
 

@@ -60,6 +60,8 @@ def _to_value(value: Any) -> Any:
 
 def configure(cls: type[P], spec: Spec) -> P:
     """The pass that `spec` describes. `BadPlan` names an unknown option, a value of the wrong type, or a refused value."""
+    if spec.then:
+        raise BadPlan(f"{spec} joins {len(spec.parts)} passes where one is wanted")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -204,6 +206,13 @@ class TransformPass(Pass):
     def stored(self, graph: ModelGraph, site: Site) -> list[StoredTensor]:
         """What the site stores afterwards; nothing by default."""
         return []
+
+    def children(self, graph: ModelGraph, site: Site) -> list[Site]:
+        """The weights that it leaves there, as sites that a numeric format at the same site goes to; by default the site's own.
+
+        `graph` is the one before the edit. A child names its origin as its parent, and `Context.derive` says what it is fed.
+        """
+        return [site] if site.kind in ("linear", "embedding") else []
 
 
 # --- solvers, allocators, healers

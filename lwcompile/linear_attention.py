@@ -129,9 +129,7 @@ hybrid_attention.register_autograd(_backward, setup_context=_save)
 
 
 @torch.library.custom_op("lwcompile::absorb_keys", mutates_args=())
-def absorb_keys(
-    key: Tensor, value: Tensor, open: Tensor | None, state: Tensor | None, map_key: Tensor, window: int
-) -> Tensor:
+def absorb_keys(key: Tensor, value: Tensor, open: Tensor | None, state: Tensor | None, map_key: Tensor, window: int) -> Tensor:
     """The state [B, G, 2 f, v + 1] once all but the last `window - 1` of these L keys have left the window."""
     gone = slice(0, max(0, key.shape[2] - window + 1))
     return absorbed(key[:, :, gone], value[:, :, gone], None if open is None else open[:, gone], state, map_key)

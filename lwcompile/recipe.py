@@ -190,7 +190,8 @@ class Recipe(BaseModel):
                 yield Reference(group, spec, self.where(key, index))
         for key, specs in self.options.items():
             for index, spec in enumerate(specs):
-                yield Reference("passes", spec, self.where("options", key, index))
+                for part in spec.parts:
+                    yield Reference("passes", part, self.where("options", key, index))
         yield Reference("allocators", self.allocator, self.where("allocator"))
         if self.backend is not None:
             yield Reference("backends", self.backend, self.where("backend"))

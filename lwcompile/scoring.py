@@ -83,7 +83,7 @@ def analysis_reports(
         pairs = [(k, v) for k, v in priced.items() if k in truth]
         row["pairs"] = [{"site": s, "option": str(o), "predicted": v, "measured": truth[s, o]} for (s, o), v in pairs]
         if plan is not None and priced:
-            chosen = [(site, option) for site, options in plan.choices.items() for option in options]
+            chosen = [(site, Spec.joined(options)) for site, options in plan.choices.items()]
             row["plan_predicted"] = sum(max(priced.get(key, 0.0), 0.0) for key in chosen)
             row["plan_measured"] = plan.measured
         reports.append(row)

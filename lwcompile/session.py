@@ -234,7 +234,7 @@ class Session:
 
         An option that says the same as an offered one in other words, such as without a default, becomes that one.
         """
-        offered = {transform.spec(): spec for spec, transform in self.offer.transforms.items()}
+        offered = {transform.spec(): spec for spec, transform in self.offer.transforms.items() if not spec.then}
 
         def form(option: Spec) -> Spec:
             try:

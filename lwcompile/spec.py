@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -23,33 +24,47 @@ _WORDS: dict[str, Scalar] = {"true": True, "false": False, "none": None}
 
 @dataclass(frozen=True)
 class Spec:
-    """A name with typed arguments, in the order they were written."""
+    """A name with typed arguments, in the order they were written; `then` holds what is joined to it: `low_rank + quantize`."""
 
     name: str
     args: tuple[tuple[str, Value], ...] = ()
+    then: tuple[Spec, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Spec:
-        """Read one spec; `BadPlan` names the column of the first character that does not fit."""
+        """Read one spec, or several joined by `+`; `BadPlan` names the column of the first character that does not fit."""
         reader = _Reader(text.strip())
-        spec = reader.spec()
+        parts = [reader.spec()]
+        while reader.take("+"):
+            parts.append(reader.spec())
         reader.expect_end()
-        return spec
+        return cls.joined(parts)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Spec]) -> Spec:
+        """One option that applies these in order: a structural one, and the numeric format of what it leaves."""
+        return cls(parts[0].name, parts[0].args, tuple(parts[1:]))
+
+    @property
+    def parts(self) -> tuple[Spec, ...]:
+        """Itself alone, or what it joins, in order."""
+        return (Spec(self.name, self.args), *self.then) if self.then else (self,)
 
     @classmethod
     def of(cls, name: str, **args: Value | list[Value]) -> Spec:
         return cls(name, tuple((key, tuple(v) if isinstance(v, list) else v) for key, v in args.items()))
 
     def __str__(self) -> str:
-        if not self.args:
-            return self.name
-        return f"{self.name}{{{','.join(f'{key}={_format(value)}' for key, value in self.args)}}}"
+        args = f"{{{','.join(f'{key}={_format(value)}' for key, value in self.args)}}}" if self.args else ""
+        return " + ".join([self.name + args, *map(str, self.then)])
 
     def get(self, key: str, default: Value = None) -> Value:
         return dict(self.args).get(key, default)
 
     def expand(self) -> list[Spec]:
         """The grid of a spec whose arguments hold lists: `quantize{bits=[3,4]}` is two options."""
+        if self.then:
+            return [Spec.joined(parts) for parts in itertools.product(*(part.expand() for part in self.parts))]
         axes = [[(key, v) for v in (value if isinstance(value, tuple) else (value,))] for key, value in self.args]
         return [Spec(self.name, combination) for combination in itertools.product(*axes)]
 

@@ -52,6 +52,21 @@ class InputStats:
         self.weight += other.weight
         self.tokens += other.tokens
 
+    def through(self, by: Tensor) -> InputStats:
+        """The statistics of these inputs behind a matrix [k, K], or of some of their channels [k] int64; without the drift.
+
+        A matrix leaves mean |x| unknown: the root mean square, which bounds it, stands for it.
+        """
+        made = InputStats(len(by), dtype=self._gram.dtype, device=self._gram.device)
+        made.tokens, made.weight = self.tokens, self.weight
+        if by.ndim == 1:
+            made._gram, made._magnitude = self._gram[by][:, by], self._magnitude[by]
+            return made
+        by = by.to(self._gram)
+        made._gram = by @ self._gram @ by.T
+        made._magnitude = (made._gram.diagonal() * self.weight).clamp_min(0).sqrt()
+        return made
+
     @property
     def hessian(self) -> Tensor:
         """H = (2/n) sum_t w_t x_t x_t^T, [K, K], n the sum of the token weights (arXiv 2210.17323)."""

@@ -93,9 +93,8 @@ def test_two_layers_run_on_one_input(name: str) -> None:
 
 
 def test_pairs_decode() -> None:
-    from test_decode import assert_decodes
-
     import language_models as zoo
+    from test_decode import assert_decodes
 
     graph = zoo.captured(zoo.NAMES[0])
     changed = applied(Program({"forward": graph}, graph.store), ("block1", Parallel()))

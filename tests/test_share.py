@@ -14,7 +14,6 @@ import torch
 from test_drop import build, capture, outputs_differ
 from torch import nn
 
-from lwcompile import pipeline
 from lwcompile.apply import SequentialPrefix, apply_plan, places
 from lwcompile.choices import Damages, build_table, offer
 from lwcompile.context import Context
@@ -149,9 +148,8 @@ def test_a_recursive_model_is_a_plan() -> None:
 
 
 def test_shared_layers_decode_with_caches_of_their_own() -> None:
-    from test_decode import assert_decodes
-
     import language_models as zoo
+    from test_decode import assert_decodes
 
     graph = zoo.captured(zoo.NAMES[0])
     program = Program({"forward": graph}, graph.store)

@@ -91,7 +91,8 @@ class Changes:
     def _difference(self, job: int, key: str, edited: Executor, site: str) -> Change:
         if key not in edited.index:
             raise Refused("the option replaces the layer, which is no change of its weight", site=site)
-        before, after = (executor.constant(weight_node(executor, key)) for executor in (self.dense, edited))
+        before = self.dense.constant(weight_node(self.dense, key))
+        after = weight_of(edited, key, self.dense.input_of(key))
         if before.shape != after.shape:
             raise Refused("the option changes the weight's shape", site=site)
         step = self.dense.steps[self.dense.position(key)]
@@ -110,6 +111,17 @@ class Changes:
 
 def is_embedding(executor: Executor, key: str) -> bool:
     return executor.steps[executor.position(key)].node.target is aten.embedding.default
+
+
+def weight_of(executor: Executor, key: str, source: str) -> Tensor:
+    """The weight that the calls from `source` to `key` amount to: of one linear, of linears in a row, or of sums of these."""
+    if key not in executor.index:
+        raise Refused("the option replaces the layer by more than linears, which is no change of its weight")
+    node = executor.steps[executor.position(key)].node
+    if node.target is aten.add.Tensor and len(terms := executor.reads(executor.steps[executor.position(key)])) == 2:
+        return weight_of(executor, terms[0], source) + weight_of(executor, terms[1], source)
+    weight, fed = executor.constant(weight_node(executor, key)), executor.input_of(key)
+    return weight if fed == source else weight.float() @ weight_of(executor, fed, source).float()
 
 
 def weight_node(executor: Executor, key: str) -> fx.Node:

@@ -142,7 +142,7 @@ class Linear(TransformPass):
         found: list[Sample] = []
         for batch in ctx.batches(program, tokens=self.tokens):
             seen: dict[str, Tensor] = {}
-            taps = {key: lambda value, key=key: seen.setdefault(key, value) for key in keys}
+            taps = {key: lambda value, key=key, seen=seen: seen.setdefault(key, value) for key in keys}
             executor.advance(executor.start(batch), 0, executor.position(keys[-1]) + 1, taps)
             query, key, value, wanted = (seen[key] for key in keys)
             open_ = batch[padding].to(ctx.device).bool() if padding is not None else None
@@ -151,7 +151,9 @@ class Linear(TransformPass):
                     found.append((query[row], key[row], value[row], None if open_ is None else open_[row], wanted[row]))
         executor.release()
         if not found:
-            raise Refused(f"no calibration sample is longer than its window of {self.window}, so nothing can be fitted", site=site.id)
+            raise Refused(
+                f"no calibration sample is longer than its window of {self.window}, so nothing can be fitted", site=site.id
+            )
         return found
 
 

@@ -5,9 +5,14 @@
 
 Every call that reads the tensor changes with it, so tied embeddings and heads stay tied.
 
-Source: affine grids by group; the values are found by a solver (GPTQ, HQQ, round to nearest, or a plugin's).
-Cost: the solver's, once per tensor.
-Refuses: a tensor that is not a matrix, holds NaN, or is read by anything but linears and embeddings.
+With `rank`, the leading directions of what was lost are added back beside it, in 8 bits:
+    linear(x, W, b)      ->  linear(x, Q, b) + linear(linear(x, A), B)          B A ~ W - Q in the norm of the outputs
+
+Source: affine grids by group; the values are found by a solver (GPTQ, HQQ, round to nearest, or a plugin's). The low-rank
+correction is LQER's (arXiv 2402.02446; trained in INT2.1, arXiv 2306.08162).
+Cost: the solver's, once per tensor; with `rank` an eigendecomposition more.
+Refuses: a tensor that is not a matrix, holds NaN, or is read by anything but linears and embeddings; with `rank`, all but a linear's
+own weight, and ranks whose 8-bit factors take more than the weight itself would in 8 bits.
 """
 
 from __future__ import annotations
@@ -20,9 +25,10 @@ from torch import fx
 
 from lwcompile.context import Context
 from lwcompile.contract import Solver, StoredTensor, TransformPass
-from lwcompile.errors import Refused
+from lwcompile.errors import BadPlan, Refused
 from lwcompile.formats import NumericFormat
 from lwcompile.graph import ModelGraph
+from lwcompile.passes.transform._factors import factor_sites, only_call, principal, stats_for, values_of
 from lwcompile.registry import make
 from lwcompile.site import Site, SiteKind
 from lwcompile.spec import Spec
@@ -30,12 +36,16 @@ from lwcompile.stats import InputStats
 
 aten = torch.ops.aten
 
+FACTORS = NumericFormat(8, None, "none")
+"""Of a correction's factors."""
+
 
 @dataclass(frozen=True)
 class Quantize(TransformPass):
     """Give a weight `bits` per code and one scale per `group_size` input channels (none: per output channel).
 
-    `symmetric` leaves the zero point out; `zero_point` is `integer` (a code) or `float`. `solver` finds the values.
+    `symmetric` leaves the zero point out; `zero_point` is `integer` (a code) or `float`. `solver` finds the values. `rank` directions
+    of the error are corrected (0: none).
     """
 
     name: ClassVar[str] = "quantize"
@@ -48,9 +58,12 @@ class Quantize(TransformPass):
     zero_point: Literal["integer", "float"] = "integer"
     scale_dtype: Literal["float16", "float32"] = "float16"
     solver: Spec = field(default=Spec("gptq"))
+    rank: int = 0
 
     def __post_init__(self) -> None:
         _ = self.format
+        if self.rank < 0:
+            raise BadPlan(f"quantize takes a rank of 0 or more, not {self.rank}")
 
     @property
     def format(self) -> NumericFormat:
@@ -70,6 +83,11 @@ class Quantize(TransformPass):
                     raise Refused(f"its weight is also read by {user.format_node()}", site=site.id)
         if not torch.isfinite(graph.tensor(site.weight)).all():
             raise Refused("its weight holds NaN or infinity", site=site.id)
+        if self.rank:
+            only_call(graph, site)
+            (n, k), numbers = site.shape, self.rank * sum(site.shape)
+            if numbers >= n * k:
+                raise Refused(f"a correction of rank {self.rank} holds {numbers} numbers, and the weight {n * k}", site=site.id)
 
     def apply(self, graph: ModelGraph, site: Site, ctx: Context) -> None:
         assert site.weight is not None
@@ -78,19 +96,26 @@ class Quantize(TransformPass):
         reads = graph.uses(site.weight)
         token = ("quantize", site.id, graph.tensors[site.weight], str(self.spec()))
         packed = ctx.solved(token, lambda: self._solve(graph, site, ctx))
-        names = {part: f"{site.weight}.{part}" for part in packed}
         for part, tensor in packed.items():
-            graph.set_tensor(names[part], tensor)
-        in_features = site.shape[1]
+            graph.set_tensor(f"{site.weight}.{part}", tensor)
         for read in reads:
-            with graph.graph.inserting_before(read):
-                codes, scale = graph.get_attr(names["codes"]), graph.get_attr(names["scale"])
-                zero = graph.get_attr(names["zero"]) if "zero" in packed else None
-                args = (codes, scale, zero, self.bits, self.format.group(in_features), in_features)
-                weight: fx.Node = graph.graph.call_function(torch.ops.lwcompile.dequantize.default, args)
-            weight.meta.update(val=read.meta.get("val"), path=site.path)
+            weight = _unpacked(graph, site, self.format, read)
             read.replace_all_uses_with(weight)
+        if self.rank:
+            self._add_correction(graph, site)
         graph.prune()
+
+    def _add_correction(self, graph: ModelGraph, site: Site) -> None:
+        """The call's node becomes the sum, so that the site's name goes on standing for what the layer puts out."""
+        call, (inner, outer) = graph.node(site.node), factor_sites(site, self.rank)
+        value, new = call.meta.get("val"), graph.graph.create_node
+        with graph.graph.inserting_before(call):
+            main = new("call_function", call.target, call.args, name=f"{site.node}_q")
+            thin = new("call_function", call.target, (call.args[0], _unpacked(graph, inner, FACTORS, call)), name=inner.node)
+            wide = new("call_function", call.target, (thin, _unpacked(graph, outer, FACTORS, call)), name=outer.node)
+        for node, made in ((main, value), (thin, values_of(call, self.rank)), (wide, value)):
+            node.meta.update(path=site.path, val=made)
+        call.target, call.args = aten.add.Tensor, (main, wide)
 
     def _solve(self, graph: ModelGraph, site: Site, ctx: Context) -> dict[str, torch.Tensor]:
         assert site.weight is not None
@@ -99,7 +124,30 @@ class Quantize(TransformPass):
         if stats is None and solver.needs_hessian and site.kind == "embedding":
             stats = InputStats(site.shape[1])  # a row that is looked up counts by its squared error alone: H is the identity
             stats.update(torch.eye(site.shape[1]))
-        return solver.solve(graph.tensor(site.weight).float(), self.format, stats).pack()
+        weight = graph.tensor(site.weight).float()
+        made = solver.solve(weight, self.format, stats)
+        if not self.rank:
+            return made.pack()
+        known = stats if stats is not None else stats_for(graph, site, ctx, solver.wanted.importance)
+        b, a = principal(weight - made.dequantize(), self.rank, None if known is None else known.hessian)
+        factors = {part: make("solvers", Spec("rtn")).solve(f.float(), FACTORS, None).pack() for part, f in (("a", a), ("b", b))}
+        return made.pack() | {f"{part}.{key}": t for part, packed in factors.items() for key, t in packed.items()}
 
     def stored(self, graph: ModelGraph, site: Site) -> list[StoredTensor]:
-        return [StoredTensor(site.shape, self.format, role="embedding" if site.kind == "embedding" else "linear")]
+        factors = factor_sites(site, self.rank) if self.rank else ()
+        role = "embedding" if site.kind == "embedding" else "linear"
+        return [
+            StoredTensor(site.shape, self.format, role=role),
+            *(StoredTensor(f.shape, FACTORS, role="linear") for f in factors),
+        ]
+
+
+def _unpacked(graph: ModelGraph, site: Site, format: NumericFormat, before: fx.Node) -> fx.Node:
+    """A node before another one that unpacks what is stored of the site's weight."""
+    (n, k), zero = site.shape, f"{site.weight}.zero"
+    with graph.graph.inserting_before(before):
+        codes, scale = graph.get_attr(f"{site.weight}.codes"), graph.get_attr(f"{site.weight}.scale")
+        args = (codes, scale, graph.get_attr(zero) if zero in graph.tensors else None, format.bits, format.group(k), k)
+        weight: fx.Node = graph.graph.call_function(torch.ops.lwcompile.dequantize.default, args)
+    weight.meta.update(val=scale.meta["val"].new_empty((n, k), dtype=torch.float32), path=site.path)
+    return weight
