@@ -45,7 +45,8 @@ class Offer:
         transform = self.transforms[spec]
         if not spec.then:
             return transform.stored(graph, site)
-        return [t for f in self.formats(spec) for child in transform.children(graph, site) for t in f.stored(graph, child)]
+        beside = [t for t in transform.stored(graph, site) if t.role == "other"]
+        return beside + [t for f in self.formats(spec) for c in transform.children(graph, site) for t in f.stored(graph, c)]
 
 
 def offer(program: Program, structure: Structure, recipe: Recipe) -> Offer:

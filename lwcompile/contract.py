@@ -210,7 +210,7 @@ class TransformPass(Pass):
     def children(self, graph: ModelGraph, site: Site) -> list[Site]:
         """The weights that it leaves there, as sites that a numeric format at the same site goes to; by default the site's own.
 
-        `graph` is the one before the edit. A child names its origin as its parent, and `Context.derive` says what it is fed.
+        `graph` is the one before the edit. What a child is fed, `apply` says with `Context.derive`.
         """
         return [site] if site.kind in ("linear", "embedding") else []
 

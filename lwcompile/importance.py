@@ -100,7 +100,8 @@ def weights_of(ctx: Context, site: Site, power: float, shapes: Sequence[Sequence
         ctx.note("importance", "", f"{ctx.metric!r} has no distribution to draw labels from: calibration tokens count alike")
         return alike
     energies = importance_of(ctx, ctx.program)
-    found = energies.get(site.id, energies.get(site.parent or ""))  # a factor's tokens matter as its origin's do
+    origin, _ = ctx.derived.get(site.id, (site, None))  # a factor's tokens matter as those of the weight it came from do
+    found = energies.get(origin.id)
     sizes = [math.prod(shape) for shape in shapes]
     taken = sum(shape[0] for shape in shapes) / len(ctx.need_calibration())  # of the samples, from the first on
     if found is None:

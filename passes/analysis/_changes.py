@@ -55,6 +55,10 @@ class Changes:
         if self.solver is not None and hasattr(transform, "solver"):
             option = Spec(option.name, (*(a for a in option.args if a[0] != "solver"), ("solver", self.solver)))
         refused: dict[int, str] = {}
+        if transform.replaces:
+            return dict.fromkeys(
+                (job for job, _ in jobs), "it puts other layers in their place, which is no small change of a weight"
+            )
         try:
             if transform.silences and len(jobs) > 1:
                 raise Refused("removed branches hide each other")

@@ -1,0 +1,213 @@
+"""Prune MLP: neurons between an MLP's linears leave, with their rows in the linears before and their columns in the one behind.
+
+    down(act(gate(x)) * up(x))    ->  down[:, kept](act(gate[kept](x)) * up[kept](x))
+    down(act(up(x)))              ->  down[:, kept](act(up[kept](x)))
+
+`score=taylor` keeps the neurons whose removal would move the model's own predictions most, I_j = E (sum_t h_tj g_tj)^2 over samples,
+with g the gradient of the log-likelihood of labels drawn from the model's distribution: the Fisher information of switching h_j off.
+`score=energy` is E h_j^2 |down_j|^2. `compensate` refits the kept columns of down to what the removed ones put out: least squares over
+the calibration tokens, of which it needs several times as many as there are neurons, or it fits their noise. A `quantize` joined to it
+applies to each of the linears.
+
+Source: AMP (arXiv 2603.08100) for label-free Taylor scores, here of the likelihood instead of the entropy; least squares over the
+kept neurons as in Optimal Brain Surgeon (Hassibi and Stork, 1993).
+Cost: one forward and backward over the samples for all MLPs, one solve of the kept width an MLP.
+Refuses: an MLP whose neurons are anything but elementwise functions of linears with weights of their own (fused gate and up, experts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from lwcompile.context import Context
+from lwcompile.contract import StoredTensor, TransformPass
+from lwcompile.errors import BadPlan, Refused
+from lwcompile.graph import ModelGraph
+from lwcompile.passes.transform._factors import only_call, stats_for
+from lwcompile.passes.transform._neurons import taylor_scores
+from lwcompile.residual import shape_of
+from lwcompile.site import Site, SiteKind
+
+aten = torch.ops.aten
+
+ELEMENTWISE = (
+    aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default, aten.mul.Tensor,
+    aten.mul.Scalar, aten.add.Scalar, aten.add.Tensor, aten.pow.Tensor_Scalar, aten.div.Tensor, aten.erf.default,
+    aten.hardtanh.default, aten.clamp.default, aten.leaky_relu.default, aten.elu.default, aten.softplus.default,
+    aten.hardswish.default, aten.square.default, aten.clone.default, aten._to_copy.default, aten.reshape.default,
+)  # fmt: skip
+"""What may stand between the linears; a reshape as long as the neurons stay the last dimension."""
+PASSED_ON = (aten.mul.Tensor, aten.clone.default, aten._to_copy.default, aten.reshape.default)
+"""What may stand between the last linear and the residual add, such as a layer's scale."""
+
+
+class Mlp(NamedTuple):
+    """The linears before the neurons, the calls between, the neurons' values, and the linear behind."""
+
+    ups: list[fx.Node]
+    between: list[fx.Node]
+    neurons: fx.Node
+    down: fx.Node
+
+
+@dataclass(frozen=True)
+class PruneMlp(TransformPass):
+    """Remove about `ratio` of an MLP's neurons; what is kept is a multiple of `multiple`."""
+
+    name: ClassVar[str] = "prune_mlp"
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("mlp",)
+    silences: ClassVar[bool] = True
+    replaces: ClassVar[bool] = True
+
+    ratio: float = 0.25
+    score: Literal["taylor", "energy"] = "taylor"
+    compensate: bool = True
+    multiple: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1 or self.multiple < 1:
+            raise BadPlan(f"prune_mlp needs 0 < ratio < 1 and multiple >= 1, not {self}")
+
+    def check(self, graph: ModelGraph, site: Site) -> None:
+        mlp = find_mlp(graph, site)
+        if (kept := self._kept(mlp)) >= (width := _weight_shape(graph, mlp.down)[1]):
+            raise Refused(f"it has {width} neurons, and {kept} would be kept", site=site.id)
+
+    def apply(self, graph: ModelGraph, site: Site, ctx: Context) -> None:
+        mlp, children = find_mlp(graph, site), self.children(graph, site)
+        token = ("prune_mlp", site.id, *(graph.tensors[str(c.weight)] for c in children), str(self.spec()))
+        found = ctx.solved(token, lambda: self._solve(graph, site, mlp, ctx))
+        kept = found["kept"]
+        for call in mlp.ups:
+            for stored in call.all_input_nodes[1:]:
+                _put(graph, stored, graph.tensor(str(stored.target))[kept].contiguous())
+        _put(graph, mlp.down.args[1], found["down"])  # type: ignore[arg-type]
+        for node in (*mlp.ups, *mlp.between):
+            value = node.meta["val"]
+            node.meta["val"] = value.new_empty((*value.shape[:-1], len(kept)))
+            if node.target is aten.reshape.default:
+                node.args = (node.args[0], [*node.args[1][:-1], len(kept)])  # type: ignore[index,misc]
+        origins = {s.node: s for s in ctx.children(site)}
+        for child in children:
+            ctx.derive(child, origins[child.node], kept if child.node == mlp.down.name else None)
+        graph.prune()
+
+    def _solve(self, graph: ModelGraph, site: Site, mlp: Mlp, ctx: Context) -> dict[str, Tensor]:
+        down = graph.tensor(str(mlp.down.args[1].target)).double()  # type: ignore[union-attr]
+        origin = next(s for s in ctx.children(site) if s.node == mlp.down.name)
+        stats = stats_for(graph, origin, ctx, 0.5)
+        score = self._score(site, ctx)
+        if score is None:
+            score = down.square().sum(0) * (1 if stats is None else stats.energy.double())
+        order = score.argsort(descending=True, stable=True)
+        kept, gone = order[: self._kept(mlp)].sort().values, order[self._kept(mlp) :]
+        made = down[:, kept]
+        if self.compensate and stats is not None:
+            h = stats.hessian.double()
+            ridge = 0.01 * h.diagonal().mean() * torch.eye(len(kept), dtype=h.dtype)
+            made = made + down[:, gone] @ torch.linalg.solve(h[kept][:, kept] + ridge, h[kept][:, gone]).T
+        return {"kept": kept, "down": made.float().contiguous()}
+
+    def _score(self, site: Site, ctx: Context) -> Tensor | None:
+        """The Taylor score of each neuron, float64 [F]; None, with a note, where there is nothing to draw labels from."""
+        if self.score == "energy":
+            return None
+        if ctx.program is None or ctx.metric is None or ctx.calibration is None or not ctx.metric.predicts:
+            ctx.note(self.name, site.id, "no samples, or no distribution to draw labels from: neurons are judged by their energy")
+            return None
+        program = ctx.program
+        neurons = {}
+        for other in ctx.find_structure(program).of_kind("mlp"):
+            try:
+                neurons[other.id] = other.entry, find_mlp(program.entries[other.entry], other).neurons.name
+            except Refused:
+                continue
+        scores = ctx.once(("taylor", program.digest()), lambda: taylor_scores(program, neurons, ctx))
+        if site.id not in scores:
+            ctx.note(self.name, site.id, "the metric reads nothing of it: neurons are judged by their energy")
+        return scores.get(site.id)
+
+    def _kept(self, mlp: Mlp) -> int:
+        width = mlp.neurons.meta["val"].shape[-1]
+        return min(width, -(-max(1, round((1 - self.ratio) * width)) // self.multiple) * self.multiple)
+
+    def children(self, graph: ModelGraph, site: Site) -> list[Site]:
+        mlp = find_mlp(graph, site)
+        made, kept = [], self._kept(mlp)
+        for call in (*mlp.ups, mlp.down):
+            (n, k), name = _weight_shape(graph, call), str(call.args[1].target)  # type: ignore[union-attr]
+            shape = (n, kept) if call is mlp.down else (kept, k)
+            path = call.meta.get("path", "")
+            made.append(Site(f"{site.id}.{call.name}", "linear", site.id, site.entry, path, call.name, weight=name, shape=shape))
+        return made
+
+    def stored(self, graph: ModelGraph, site: Site) -> list[StoredTensor]:
+        """The linears, and as one tensor all else that the MLP holds: norms and what is left of the biases."""
+        mlp, children = find_mlp(graph, site), self.children(graph, site)
+        full = [_weight_shape(graph, call) for call in (*mlp.ups, mlp.down)]
+        beside = site.parameters - sum(n * k for n, k in full)
+        beside -= sum((n - c.shape[0]) * (len(call.all_input_nodes) - 2) for call, c, (n, _) in zip(mlp.ups, children, full))
+        others = [StoredTensor((beside,))] if beside > 0 else []
+        return [*(StoredTensor(child.shape, role="linear") for child in children), *others]
+
+
+def find_mlp(graph: ModelGraph, site: Site) -> Mlp:
+    """The neurons of an MLP and the linears around them; `Refused` with what stands in the way."""
+    down = next((node for node in graph.graph.nodes if node.name == site.node), None)
+    while down is not None and down.target is not aten.linear.default:
+        computed = [n for n in down.all_input_nodes if n.op != "get_attr" and isinstance(n.meta["val"], Tensor)]
+        if down.target not in PASSED_ON or len(computed) != 1:
+            raise Refused(f"its output is not that of one linear, but of {down.format_node()}", site=site.id)
+        down = computed[0]
+    if down is None:
+        raise Refused("it is no longer in the graph", site=site.id)
+    _owned(graph, site, down)
+    width = _weight_shape(graph, down)[1]
+    ups: list[fx.Node] = []
+    between: list[fx.Node] = []
+    waiting = [down.args[0]]
+    while waiting:
+        node = waiting.pop()
+        if node in ups or node in between:
+            continue
+        if not isinstance(node, fx.Node) or node.op != "call_function" or shape_of(node)[-1:] != (width,):
+            raise Refused(f"its neurons are no elementwise function of linears: {node}", site=site.id)
+        if node.target is aten.linear.default:
+            _owned(graph, site, node)
+            ups.append(node)
+            continue
+        if node.target not in ELEMENTWISE:
+            raise Refused(f"its neurons are no elementwise function of linears: {node.format_node()}", site=site.id)
+        between.append(node)
+        sources = [node.args[0]] if node.target is aten.reshape.default else node.all_input_nodes
+        waiting += [n for n in sources if n.op != "get_attr" or n.meta["val"].numel() != 1]  # type: ignore[union-attr]
+    inside = {*between, down}
+    for node in (*ups, *between):
+        if outside := [user for user in node.users if user not in inside]:
+            raise Refused(f"its neurons are also read by {outside[0].format_node()}", site=site.id)
+    return Mlp(sorted(ups), sorted(between), down.args[0], down)  # type: ignore[arg-type]
+
+
+def _owned(graph: ModelGraph, site: Site, call: fx.Node) -> None:
+    """`Refused` unless nothing else reads the linear's weight and bias."""
+    stored = call.all_input_nodes[1:]
+    if any(n.op != "get_attr" for n in stored) or call.all_input_nodes[0].op == "get_attr":
+        raise Refused(f"the weight of {call.name} is computed, not stored", site=site.id)
+    only_call(graph, replace(site, kind="linear", node=call.name, weight=str(stored[0].target), shape=_weight_shape(graph, call)))
+    for bias in stored[1:]:
+        if [user for read in graph.uses(str(bias.target)) for user in read.users] != [call]:
+            raise Refused(f"the bias of {call.name} is shared", site=site.id)
+
+
+def _weight_shape(graph: ModelGraph, call: fx.Node) -> tuple[int, int]:
+    n, k = graph.store.shape(graph.tensors[str(call.args[1].target)])  # type: ignore[union-attr]
+    return n, k
+
+
+def _put(graph: ModelGraph, read: fx.Node, tensor: Tensor) -> None:
+    graph.set_tensor(str(read.target), tensor)
+    read.meta["val"] = read.meta["val"].new_empty(tensor.shape)
