@@ -18,8 +18,8 @@ from lwcompile.errors import Refused
 from lwcompile.executor import Executor
 from lwcompile.manager import Manager, relative_error
 from lwcompile.metric import Kl, sample_labels
-from lwcompile.passes.transform._neurons import taylor_scores
-from lwcompile.passes.transform.prune_mlp import PruneMlp, find_mlp
+from lwcompile.passes.transform._neurons import find_mlp, taylor_scores
+from lwcompile.passes.transform.prune_mlp import PruneMlp
 from lwcompile.plans import Plan
 from lwcompile.program import Program
 from lwcompile.recipe import Recipe
