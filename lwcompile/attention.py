@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import fx
@@ -75,7 +75,7 @@ def find_attentions(graph: ModelGraph, within: Collection[fx.Node] | None = None
     rules: dict[fx.Node, MaskRule | None] = {}
     found = []
     for node in iterate_calls(graph, SDPA, HYBRID):
-        query, key, value, mask = (slots(node)[name] for name in _SLOTS[:4]) if node.target is SDPA else node.args[:4]
+        query, key, value, mask = _operands(node)
         if query.meta["val"].dim() != 4 or (within is not None and node not in within):
             continue
         if node.target is HYBRID:
@@ -90,11 +90,18 @@ def find_attentions(graph: ModelGraph, within: Collection[fx.Node] | None = None
     return found
 
 
+def _operands(node: fx.Node) -> tuple[Any, Any, Any, Any]:
+    """query, key, value, and what is closed to it: a mask, or what is no padding."""
+    given: Any = tuple(slots(node)[name] for name in _SLOTS[:4]) if node.target is SDPA else node.args[:4]
+    return given
+
+
 def _hybrid(node: fx.Node, padding: str | None) -> Attention:
-    query, key, value, open_, _, maps, _, _, window, _ = node.args
-    q, k, v = (n.meta["val"].shape for n in (query, key, value))  # type: ignore[union-attr]
-    rule, count = MaskRule(True, None, padding), 2 * maps.meta["val"].shape[-1]  # type: ignore[union-attr]
-    return Attention(node, query, key, value, q[1], k[1], k[3], v[3], "self", rule, open_, window, count)  # type: ignore[arg-type]
+    query, key, value, open_ = _operands(node)
+    maps, window = cast(fx.Node, node.args[5]), cast(int, node.args[8])
+    q, k, v = (n.meta["val"].shape for n in (query, key, value))
+    rule, count = MaskRule(True, None, padding), 2 * maps.meta["val"].shape[-1]
+    return Attention(node, query, key, value, q[1], k[1], k[3], v[3], "self", rule, open_, window, count)
 
 
 def attentions_at(graph: ModelGraph, site: Site) -> list[Attention]:
@@ -122,8 +129,8 @@ def beside_weights(graph: ModelGraph, site: Site) -> list[StoredTensor]:
     """What a sublayer stores beside the matrices of its linears and embeddings: norms and biases, as one tensor."""
     branch = next(node for node in graph.graph.nodes if node.name == site.node)
     stops = {node for node in graph.graph.nodes if node.name == site.skip}
-    reads = {n.args[1] for n in ancestors(branch, stops) if n.target is aten.linear.default}
-    reads |= {n.args[0] for n in ancestors(branch, stops) if n.target is aten.embedding.default}
+    place = {aten.linear.default: 1, aten.embedding.default: 0}
+    reads = dict.fromkeys(n.args[place[n.target]] for n in ancestors(branch, stops) if n.target in place)  # type: ignore[index]
     weights = sum(n.meta["val"].numel() for n in reads if isinstance(n, fx.Node) and n.op == "get_attr")
     count = site.parameters - weights
     return [StoredTensor((count,))] if count > 0 else []

@@ -13,7 +13,7 @@ is one that continues from an empty cache and no state.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +22,13 @@ GATE = -2.197
 """The gate's initial logit: a weight of 0.1 on the window."""
 
 PIECE = 128
-_LEAST = 1e-12
+LEAST = 1e-12
 
 
 def features(x: Tensor, maps: Tensor) -> Tensor:
     """Feature maps of each head: x [B, H, S, d], maps [H, d, f] -> [B, H, S, 2 f], positive."""
     mapped = x @ maps
-    return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], -1).clamp(min=_LEAST)
+    return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], -1).clamp(min=LEAST)
 
 
 def with_one(value: Tensor) -> Tensor:
@@ -44,10 +44,17 @@ def absorbed(key: Tensor, value: Tensor, open: Tensor | None, state: Tensor | No
     return added if state is None else state + added
 
 
+class Maps(NamedTuple):
+    """What is learned of one attention. query: [H, d, f]. key: [G, d, f]. gate: [H], a logit."""
+
+    query: Tensor
+    key: Tensor
+    gate: Tensor
+
+
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, open: Tensor | None, state: Tensor | None, map_query: Tensor, map_key: Tensor,
-    gate: Tensor, window: int, scale: float,
-) -> Tensor:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, open: Tensor | None, state: Tensor | None, maps: Maps, window: int, scale: float
+) -> Tensor:
     """See `lwcompile::hybrid_attention`; differentiable."""
     length, offset = query.shape[2], key.shape[2] - query.shape[2]
     kept, pieces = 0, []
@@ -56,19 +63,17 @@ def attend(
         first = max(0, offset + start - window + 1)
         if first > kept:
             gone = slice(kept, first)
-            state = absorbed(key[:, :, gone], value[:, :, gone], None if open is None else open[:, gone], state, map_key)
+            state = absorbed(key[:, :, gone], value[:, :, gone], None if open is None else open[:, gone], state, maps.key)
             kept = first
         held = slice(kept, offset + stop)
         part = None if open is None else open[:, held]
-        given = query[:, :, start:stop], key[:, :, held], value[:, :, held], part, state
-        pieces.append(_piece(*given, map_query, map_key, gate, window, scale))
+        pieces.append(_piece(query[:, :, start:stop], key[:, :, held], value[:, :, held], part, state, maps, window, scale))
     return torch.cat(pieces, 2) if pieces else value.new_empty((*query.shape[:3], value.shape[-1]))
 
 
 def _piece(
-    query: Tensor, key: Tensor, value: Tensor, open: Tensor | None, state: Tensor | None, map_query: Tensor, map_key: Tensor,
-    gate: Tensor, window: int, scale: float,
-) -> Tensor:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, open: Tensor | None, state: Tensor | None, maps: Maps, window: int, scale: float
+) -> Tensor:
     """All pairs of these queries and keys, the queries being the last positions, and the state for what is before them."""
     batch, heads, count, _ = query.shape
     groups, keys = key.shape[1], key.shape[2]
@@ -81,9 +86,9 @@ def _piece(
         near, far = near & open[:, None, None, None], far & open[:, None, None, None]
     scores = scores.masked_fill(~near, torch.finfo(scores.dtype).min)
     weights = (scores - scores.amax(-1, keepdim=True)).exp() * near
-    mapped = features(query, map_query).reshape(*split, -1)
-    linear = mapped @ features(key, map_key)[:, :, None].transpose(-1, -2)
-    weights = gate.sigmoid().reshape(groups, -1, 1, 1) * weights + linear * far
+    mapped = features(query, maps.query).reshape(*split, -1)
+    linear = mapped @ features(key, maps.key)[:, :, None].transpose(-1, -2)
+    weights = maps.gate.sigmoid().reshape(groups, -1, 1, 1) * weights + linear * far
     sums = weights @ with_one(value)[:, :, None]
     sums = sums if state is None else sums + mapped @ state[:, :, None]
     y = sums[..., :-1] / sums[..., -1:].clamp(min=torch.finfo(sums.dtype).tiny)
@@ -102,7 +107,7 @@ def hybrid_attention(
         state: [B, G, 2 f, v + 1], what lies before the L keys; all of it must be `window` or more away from every query.
         map_query: [H, d, f]. map_key: [G, d, f]. gate: [H], a logit. window: at least 2. scale: of scores.
     """
-    return attend(query, key, value, open, state, map_query, map_key, gate, window, scale)
+    return attend(query, key, value, open, state, Maps(map_query, map_key, gate), window, scale)
 
 
 @hybrid_attention.register_fake
@@ -118,9 +123,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Computed anew with gradients on."""
     wanted = ctx.needs_input_grad[:8]
-    tensors = [t.detach().requires_grad_() if t is not None and need else t for t, need in zip(ctx.saved_tensors, wanted)]
+    tensors: list[Any] = [
+        t.detach().requires_grad_() if t is not None and need else t for t, need in zip(ctx.saved_tensors, wanted)
+    ]
+    query, key, value, open_, state, *maps = tensors
     with torch.enable_grad():
-        output = attend(*tensors, ctx.window, ctx.scale)
+        output = attend(query, key, value, open_, state, Maps(*maps), ctx.window, ctx.scale)
     found = iter(torch.autograd.grad(output, [t for t, need in zip(tensors, wanted) if need], gradient))
     return (*(next(found) if need else None for need in wanted), None, None)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lwcompile.attention import find_attentions
 from lwcompile.attention_cost import AttentionCost, pays_from
 from lwcompile.context import Context
+from lwcompile.contract import TransformPass
 from lwcompile.decode import derive_decode
 from lwcompile.errors import BadPlan, Refused
 from lwcompile.generate import GraphStep, generate
@@ -29,7 +30,7 @@ pytest.importorskip("transformers", reason="the references are transformers' own
 
 
 def windowed(
-    graph: ModelGraph, transform: Window, layers: tuple[int, ...] = (0, 1, 2), drops: tuple[str, ...] = ()
+    graph: ModelGraph, transform: TransformPass, layers: tuple[int, ...] = (0, 1, 2), drops: tuple[str, ...] = ()
 ) -> ModelGraph:
     program = Program({"forward": graph.copy()}, graph.store)
     structure = find_structure(program)

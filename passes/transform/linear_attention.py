@@ -17,6 +17,7 @@ Refuses: attention that is no single operator, reads another stream or later pos
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -29,10 +30,11 @@ from lwcompile.contract import StoredTensor, TransformPass
 from lwcompile.errors import BadPlan, Refused
 from lwcompile.executor import Executor
 from lwcompile.graph import ModelGraph
-from lwcompile.linear_attention import GATE, attend
+from lwcompile.linear_attention import GATE, Maps, attend
 from lwcompile.masks import Formula, padding_of
 from lwcompile.site import Site, SiteKind
 
+NAMES = ("map_query", "map_key", "gate")
 Sample = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
 """query, key, value, open, and what softmax attention makes of them: one sequence each."""
 
@@ -78,7 +80,7 @@ class Linear(TransformPass):
         maps = ctx.solved(token, lambda: self._fit(graph, site, a, ctx))
         open_ = padding_of(Formula(graph, a.node), a.mask.padding) if a.mask.padding is not None else None
         with graph.graph.inserting_before(a.node):
-            stored = [graph.get_attr(f"{site.id}.linear.{name}", maps[name]) for name in ("map_query", "map_key", "gate")]
+            stored = [graph.get_attr(f"{site.id}.linear.{name}", maps[name]) for name in NAMES]
             args = (a.query, a.key, a.value, open_, None, *stored, self.window, _scale(a))
             call = graph.graph.call_function(HYBRID, args)
         call.meta.update(path=a.node.meta.get("path", ""), val=a.node.meta["val"])
@@ -100,11 +102,10 @@ class Linear(TransformPass):
 
     def _fit(self, graph: ModelGraph, site: Site, a: Attention, ctx: Context) -> dict[str, Tensor]:
         eye = torch.eye(a.key_width, device=ctx.device)
-        maps = [eye.expand(a.heads, -1, -1).clone(), eye.expand(a.kv_heads, -1, -1).clone()]
-        maps.append(torch.full((a.heads,), GATE, device=ctx.device))
-        names = ("map_query", "map_key", "gate")
+        gate = torch.full((a.heads,), GATE, device=ctx.device)
+        maps = Maps(eye.expand(a.heads, -1, -1).clone(), eye.expand(a.kv_heads, -1, -1).clone(), gate)
         if not self.steps:
-            return dict(zip(names, maps))
+            return dict(zip(NAMES, maps))
         samples = self._samples(graph, site, a, ctx)
         order = torch.Generator().manual_seed(ctx.seed)
         for parameter in maps:
@@ -121,14 +122,14 @@ class Linear(TransformPass):
                 optimizer.step()
                 schedule.step()
         with torch.no_grad():
-            errors = [self._error(sample, maps, a) for sample in samples]
-            relative = sum(e for e, _ in errors) / sum(s for _, s in errors)
-        return {**{n: p.detach().cpu() for n, p in zip(names, maps)}, "error": relative.sqrt().cpu()}
+            errors, sizes = zip(*(self._error(sample, maps, a) for sample in samples))
+            relative = (torch.stack(errors).sum() / torch.stack(sizes).sum()).sqrt()
+        return {**{name: p.detach().cpu() for name, p in zip(NAMES, maps)}, "error": relative.cpu()}
 
-    def _error(self, sample: Sample, maps: list[Tensor], a: Attention) -> tuple[Tensor, Tensor]:
+    def _error(self, sample: Sample, maps: Maps, a: Attention) -> tuple[Tensor, Tensor]:
         """Summed squares of the error and of the softmax's output, over what is no padding."""
         query, key, value, open_, wanted = sample
-        found = attend(query, key, value, open_, None, *maps, self.window, _scale(a))
+        found = attend(query, key, value, open_, None, maps, self.window, _scale(a))
         rows = open_[:, None, :, None] if open_ is not None else torch.ones_like(wanted[..., :1])
         return ((found - wanted) * rows).square().sum(), (wanted * rows).square().sum().clamp(min=1e-30)
 
@@ -142,7 +143,7 @@ class Linear(TransformPass):
         found: list[Sample] = []
         for batch in ctx.batches(program, tokens=self.tokens):
             seen: dict[str, Tensor] = {}
-            taps = {key: lambda value, key=key, seen=seen: seen.setdefault(key, value) for key in keys}
+            taps = {key: partial(seen.setdefault, key) for key in keys}
             executor.advance(executor.start(batch), 0, executor.position(keys[-1]) + 1, taps)
             query, key, value, wanted = (seen[key] for key in keys)
             open_ = batch[padding].to(ctx.device).bool() if padding is not None else None

@@ -54,6 +54,8 @@ class Window(TransformPass):
     def _rule(self, graph: ModelGraph, site: Site, a: Attention) -> MaskRule:
         if a.kind != "self":
             raise Refused("it reads another stream, where no position is near", site=site.id)
+        if a.features:
+            raise Refused("its attention is linear outside a window already", site=site.id)
         if a.mask is None:
             raise Refused("its mask follows no rule that is known, so it cannot be narrowed", site=site.id)
         if a.mask.window is not None and a.mask.window <= self.size:

@@ -6,6 +6,7 @@ from lwcompile.backends.onnx.operators import (  # noqa: F401
     elementwise,
     indexing,
     linear,
+    linear_attention,
     reductions,
     rotary,
     shapes,
