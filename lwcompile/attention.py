@@ -117,7 +117,7 @@ def attentions_at(graph: ModelGraph, site: Site) -> list[Attention]:
     stops |= {source for user in branch.users for source in user.all_input_nodes if source is not branch}
     calls = set(iterate_calls(graph, SDPA, HYBRID))
     within = ancestors(branch, stops | calls) & calls
-    if any("val" not in node.meta for node in graph.graph.nodes):
+    if any("val" not in source.meta for call in within for source in _operands(call)[:3]):
         graph.propagate()
     found = find_attentions(graph, within - stops)
     if not found:

@@ -45,8 +45,9 @@ def cached_attentions(graph: ModelGraph) -> list[Attention]:
 
 
 def cache_bytes_per_token(graph: ModelGraph, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes that one token of one sequence takes in the cache."""
-    return dtype.itemsize * sum(a.kv_heads * (a.key_width + a.value_width) for a in cached_attentions(graph))
+    """Bytes that each further token of one sequence takes in the cache; behind a window, a cache that is full takes no more."""
+    growing = (a for a in cached_attentions(graph) if capacity(_kept(a)) is None)
+    return dtype.itemsize * sum(a.kv_heads * (a.key_width + a.value_width) for a in growing)
 
 
 def derive_decode(graph: ModelGraph, *, check: bool = True, roll: bool = True) -> ModelGraph:

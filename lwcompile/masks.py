@@ -52,16 +52,12 @@ class MaskRule:
         query, key = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)
         distance = query - key
         open_ = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
-        padded = self.padding is not None and padding is not None
+        inside = torch.ones(1, keys, dtype=torch.bool) if self.padding is None or padding is None else padding.bool()
         if self.window is not None:
-            near = distance.abs() < self.window
-            if self.sinks:
-                first = padding.bool().int().argmax(1)[:, None, None, None] if padded and padding is not None else 0
-                near = near | (key < first + self.sinks)
-                near = near if self.causal else near | (query < first + self.sinks)
-            open_ = open_ & near
-        open_ = open_ if open_.dim() == 4 else open_[None, None]
-        return open_ & padding.bool()[:, None, None, :] if padded and padding is not None else open_
+            end = (inside.int().argmax(1) + self.sinks)[:, None, None, None]
+            sunk = key < end if self.causal else (key < end) | (query < end)
+            open_ = open_ & ((distance.abs() < self.window) | (sunk if self.sinks else torch.tensor(False)))
+        return open_ & inside[:, None, None, :]
 
 
 @dataclass(frozen=True)

@@ -233,12 +233,16 @@ def with_decode(program: Program, run: Session) -> Program:
     if "logits" not in program.main.outputs or set(program.entries) != {"forward"}:
         return program
     from lwcompile.decode import derive_decode
+    from lwcompile.rolling import bound_of
 
     try:
         decode = derive_decode(program.main)
     except Refused as refusal:
         run.context.remark("decode", "forward", "refused", refusal.reason)
         return program
+    if rolling := [i.name for i in decode.inputs if bound_of(i.dynamic.get(2, "")) is not None]:
+        text = f"{len(rolling)} caches roll ({rolling[0]}, ...): a runtime must not take a cache's length for the sequence's"
+        run.context.remark("decode", "forward", "note", text)
     return dataclasses.replace(program, entries={**program.entries, "decode": decode})
 
 

@@ -74,7 +74,6 @@ class Window(TransformPass):
                 text, numbers = say(replace(old, window=self.size, sinks=self.sinks), old)
                 ctx.remark(self.name, site.id, "did", text, **numbers)
         graph.prune()
-        graph.propagate()
 
     def stored(self, graph: ModelGraph, site: Site) -> list[StoredTensor]:
         return beside_weights(graph, site)
