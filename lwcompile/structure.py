@@ -212,10 +212,14 @@ def _reads_input_and_rows(embedding: fx.Node) -> tuple[bool, bool, int]:
 
 
 def _leaf(node: fx.Node, fallback: str) -> str:
-    """A short name for a weight: the last word of the stored tensor's name, with the word before if it is a number."""
+    """A short name for a weight: the last word of the stored tensor's name, with the word before if it is a number.
+
+    What stores nothing is called by the last word of its module's path, so that a norm whose gain was folded away keeps its name.
+    """
     stored = next((s for s in node.all_input_nodes if s.op == "get_attr"), None)
     if stored is None:
-        return fallback
+        word = node.meta.get("path", "").rpartition(".")[2]
+        return fallback if not word or word.isdigit() else word
     words = [w for w in str(stored.target).split(".") if w not in ("weight", "T", "folded", "bias")]
     if not words or words[-1].isdigit():
         return "_".join([fallback, *words[-1:]])
