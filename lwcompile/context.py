@@ -95,6 +95,7 @@ class Context:
     energies: Mapping[str, Tensor] | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
     derived: dict[str, tuple[Site, Tensor | None]] = field(default_factory=dict)
+    kept: dict[Any, Any] = field(default_factory=dict)
     prefix: Prefix | None = None
     scope: str = ""
 
@@ -139,10 +140,10 @@ class Context:
         self.derived[child.id] = parent, by
 
     def once(self, token: Any, make: Callable[[], Any]) -> Any:
-        """`make()`, or what it made before under this token in this run."""
-        if token not in self.memo:
-            self.memo[token] = make()
-        return self.memo[token]
+        """`make()`, or what it made before under this token in this run: small things, which outlive the trials of options."""
+        if token not in self.kept:
+            self.kept[token] = make()
+        return self.kept[token]
 
     def solved(self, token: Any, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors made once under this token in this run; kept in the run directory too where `scope` names what they rest on."""

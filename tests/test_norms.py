@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import language_models as zoo
 import pytest
 import torch
+from test_decode import assert_decodes
 from test_drop import build, capture, outputs_differ
 from torch import nn
 
 from lwcompile.context import Context
+from lwcompile.data import CalibrationSet
+from lwcompile.decode import derive_decode
+from lwcompile.errors import BadPlan, Refused
+from lwcompile.executor import run as execute
 from lwcompile.graph import iterate_calls
 from lwcompile.manager import Manager, relative_error
+from lwcompile.passes.transform._norms import norm_at, readers
 from lwcompile.passes.transform.fold_norms import FoldNorms
+from lwcompile.passes.transform.freeze_norm import FreezeNorm, freeze
 from lwcompile.program import Program
 from lwcompile.residual import NORMS
 from lwcompile.structure import find_structure
@@ -106,3 +114,200 @@ def test_folding_stores_no_more() -> None:
 
 def test_fold_norms_keeps_the_contract() -> None:
     assert "declarations: exact, structural" in check_pass(FoldNorms)
+
+
+# --- freeze_norm
+
+EXPLICIT = {"llama": 0, "qwen3": 0, "gpt2": 1, "gpt_neox": 0, "bert": 9, "vit": 1, "dinov2": 1, "t5": 1}
+"""Norms that stay as arithmetic, because something else than linears of their own reads them."""
+
+
+class Frozen(nn.Module):
+    """A norm that divides by a constant, and by another one at the first position. `first` is set before a run."""
+
+    def __init__(self, norm: nn.Module, constants: tuple[float, float]) -> None:
+        super().__init__()
+        self.centred, self.gain, self.shift = _is_layer_norm(norm), norm.weight, getattr(norm, "bias", None)
+        self.constants, self.first = constants, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        others, first = self.constants
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        x = x / (others if self.first is None or x.ndim != 3 else torch.where(self.first, first, others)[..., None]) * self.gain
+        return x if self.shift is None else x + self.shift
+
+
+def _is_layer_norm(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.LayerNorm)
+
+
+def norms_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if type(m).__name__.endswith("Norm")}
+
+
+def kinds(example: dict[str, Any], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens stand first, and which are padding."""
+    mask = example.get("attention_mask", torch.ones(shape, dtype=torch.int64))
+    return mask.cumsum(1) <= 1, mask == 0
+
+
+@torch.no_grad()
+def freeze_by_hand(model: nn.Module, example: dict[str, Any], own: bool) -> None:
+    """Measure each norm's deviations with a hook, and put `Frozen` in its place."""
+    seen: dict[str, torch.Tensor] = {}
+    norms = norms_of(model)
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].double())) for name, m in norms.items()
+    ]
+    model(**example)
+    [hook.remove() for hook in hooks]
+    for name, norm in norms.items():
+        x = seen[name]
+        eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 0.0)
+        s = (((x - x.mean(-1, keepdim=True)) if _is_layer_norm(norm) else x).pow(2).mean(-1) + eps).sqrt()
+        others = first = s.mean().item()
+        if s.ndim == 2:
+            starts, padding = kinds(example, s.shape)
+            others, first = s[~starts & ~padding].mean().item(), s[starts & ~padding].mean().item()
+        made = Frozen(norm, (others, first if own else others))
+        made.first = kinds(example, s.shape)[0] if s.ndim == 2 else None
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, made)
+
+
+def samples(example: dict[str, Any]) -> CalibrationSet:
+    return CalibrationSet({k: v for k, v in example.items() if isinstance(v, torch.Tensor)}, "tensors", "the example")
+
+
+def frozen(program: Program, example: dict[str, Any], option: FreezeNorm) -> tuple[Program, list[str], dict[str, str]]:
+    """The program with every norm frozen; which sites were, and what was remarked of the others."""
+    structure, after = find_structure(program), program.copy()
+    ctx = Context(structure=structure, program=program, calibration=samples(example))
+    done = Manager(ctx).transform(after, [(site, option) for site in structure.of_kind("norm")])
+    return after, [site.id for site, _ in done], {r.site: r.text for r in ctx.remarks}
+
+
+def outputs(model: nn.Module, example: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**example)[0]
+
+
+@pytest.mark.parametrize("first", ["own", "same"])
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_freezing_equals_the_module_with_constant_norms(name: str, first: Any) -> None:
+    model, example, program = made(name)
+    if name == "qwen3" and first == "own":  # norms of heads have no position: the others are frozen alone
+        structure = find_structure(program)
+        refused = frozen(program, example, FreezeNorm())[2]
+        heads = {s.id for s in structure.of_kind("norm") if s.id.endswith(("q_norm", "k_norm"))}
+        assert len(heads) == 8 and refused.keys() == heads and all("offer first=same" in r for r in refused.values())
+        return
+    option = FreezeNorm(first=first)
+    after, done, remarks = frozen(program, example, option)
+    assert len(done) == len(norms_of(model)), remarks
+    explicit, _, _ = frozen(program, example, FreezeNorm(first=first, fold=False))
+    freeze_by_hand(model, example, first == "own")
+    wanted = outputs(model, example)
+    assert relative_error(wanted, run(after, example)) < 1e-5
+    assert relative_error(wanted, run(explicit, example)) < 1e-5
+    heads = 8 if name == "qwen3" else 0
+    assert len(remarks) == EXPLICIT[name] + heads, remarks
+    assert not list(iterate_calls(after.main, *NORMS))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "vit"])
+@pytest.mark.parametrize("first", ["own", "same"])
+def test_folded_and_open_are_one_function_in_double_precision(name: str, first: Any) -> None:
+    _, example, program = made(name, double=True)
+    a, b = (run(frozen(program, example, FreezeNorm(first=first, fold=fold))[0], example) for fold in (True, False))
+    assert relative_error(a, b) < 1e-9
+    assert relative_error(a, run(program, example)) > 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+def test_each_tokens_own_deviation_is_the_model_again(name: str) -> None:
+    """A guard of 1 over constants that no token reaches divides each token by its own deviation."""
+    _, example, program = made(name, double=True)
+    after = program.copy()
+    for site in find_structure(program).of_kind("norm"):
+        norm = norm_at(after.main, site)
+        try:
+            into = readers(after.main, norm)
+        except Refused:
+            into = []
+        freeze(after.main, norm, 1e-7, 2e-7, into, guard=1.0)
+    after.main.prune()
+    assert not list(iterate_calls(after.main, *NORMS))
+    assert relative_error(run(program, example), run(after, example)) < 1e-9
+
+
+def test_the_guard_stops_an_outlier_and_nothing_else() -> None:
+    model, example, program = made("llama")
+    plain, guarded = (frozen(program, example, FreezeNorm(guard=g))[0] for g in (None, 1e6))
+    assert relative_error(run(plain, example), run(guarded, example)) < 1e-5
+    tight = frozen(program, example, FreezeNorm(guard=1.0))[0]
+    assert relative_error(run(plain, example), run(tight, example)) > 1e-3
+    site = find_structure(program).sites["final_norm"]
+    graph = program.copy().main
+    freeze(graph, norm_at(graph, site), 1.0, 1.0, guard=3.0)
+    call = next(n for n in graph.nodes if n.target is torch.ops.aten.clamp_max.default)
+    x = norm_at(program.main, site).x.name
+    seen = execute(graph, {k: v for k, v in example.items() if isinstance(v, torch.Tensor)}, [call.name, x])
+    own = seen[x].double().square().mean(-1, keepdim=True).add(norm_at(program.main, site).eps).sqrt()
+    assert relative_error((3.0 / own).clamp(max=1.0), seen[call.name]) < 1e-5
+
+
+@pytest.mark.parametrize("without", [(), ("position_ids",), ("position_ids", "attention_mask")])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_decoding_goes_on_from_a_cache(name: str, without: tuple[str, ...]) -> None:
+    """Only the sequence's first token is the first, however many are cached; padding before it does not count."""
+    graph = zoo.captured(name, without)
+    program = Program({"forward": graph}, graph.store)
+    example = {i.name: zoo.batch(3, 16)[i.name] for i in graph.inputs}
+    after, done, remarks = frozen(program, example, FreezeNorm())
+    assert len(done) > 3, remarks
+    first = [n for n in after.main.nodes if n.target in (torch.ops.aten.le.Scalar, torch.ops.aten.eq.Scalar)]
+    assert len(first) == 1
+    decode = derive_decode(after.main)
+    if not without:
+        assert_decodes(after.main, decode, tokens=12)
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper"])
+def test_encoders_and_decoders(name: str) -> None:
+    from test_decode import seq2seq
+
+    from lwcompile import pipeline
+    from lwcompile.sources import open_source
+
+    program = pipeline.capture(open_source(seq2seq(name)))
+    structure = find_structure(program)
+    norms = structure.of_kind("norm")
+    after, done, refused = folded(program)
+    assert done == len(norms) - 2, refused  # the encoder's last is an output, and the head is the embedding
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    first = program.entries["encoder"].inputs[0]
+    shape = (2, *first.shape[1:]) if first.dtype.is_floating_point else (2, 9)
+    example: dict[str, Any] = {"decoder_input_ids": ids[:, :6]}
+    example[first.name] = torch.randn(shape) if first.dtype.is_floating_point else ids
+    if "attention_mask" in [i.name for i in program.entries["encoder"].inputs]:
+        example["attention_mask"] = torch.ones_like(ids)
+    assert relative_error(execute(program, example)["logits"], execute(after, example)["logits"]) < 1e-5
+    results = [frozen(program, example, FreezeNorm(fold=fold)) for fold in (True, False)]
+    assert all(len(done) == len(norms) for _, done, _ in results)
+    a, b = (execute(p, example)["logits"] for p, _, _ in results)
+    assert relative_error(a, b) < 1e-5
+    assert not any(list(iterate_calls(g, *NORMS)) for g in results[0][0].entries.values())
+    derive_decode(results[0][0].entries["decoder"])
+
+
+def test_freeze_norm_keeps_the_contract() -> None:
+    for option in (FreezeNorm, FreezeNorm(first="same"), FreezeNorm(guard=2.0, fold=False)):
+        assert "declarations: lossy, structural" in check_pass(option)
+
+
+def test_options_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(BadPlan, match="at least 1"):
+        FreezeNorm(guard=0.5)
+    with pytest.raises(BadPlan, match="at least one token"):
+        FreezeNorm(tokens=0)
