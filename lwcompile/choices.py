@@ -1,7 +1,8 @@
 """From a recipe to the table: which options stand at which sites, what each costs, and the damage the analyses found.
 
 Bytes are the backend's own: a weight is priced as the backend would store it under the option, a sublayer by what it holds beside
-its weights (norms, biases), and everything that no site owns is fixed.
+its weights (biases, and norms that nothing is offered at), and everything that no site owns is fixed. A norm with options is priced
+by its gain and shift, so that the smallest plan within a damage is the one that removes the most of them.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def build_table(
             rows[site.id] = _row(program, structure, site, made, damages, backend)
     weights = {(s.entry, program.entries[s.entry].tensors[str(s.weight)]): s for s in _weight_sites(structure, rows)}
     owned = sum(rows[s.id].dense_bytes for s in weights.values())
-    beside = sum(rows[s.id].dense_bytes for s in structure.sites.values() if s.id in rows and s.kind in SUBLAYER_KINDS)
+    beside = sum(rows[s.id].dense_bytes for s in structure.sites.values() if s.id in rows and s.kind in ("norm", *SUBLAYER_KINDS))
     everything = sum(_dense_price(backend, program, key) for key in program.keys())
     fixed = max(0, everything - owned - beside) + backend.overhead(program)
     groups = [g for g in groups_of(structure) if all(id in rows for id in g.sites)]
@@ -138,7 +139,10 @@ def _row(program: Program, structure: Structure, site: Site, made: Offer, damage
         dense = _dense_price(backend, program, graph.tensors[site.weight])
     elif site.kind in SUBLAYER_KINDS:
         below = [s for s in structure.children(site.id) if s.kind in ("linear", "embedding")]
-        dense = max(0, 4 * (site.parameters - sum(s.shape[0] * s.shape[1] for s in below)))
+        norms = [s for s in structure.children(site.id) if s.kind == "norm" and s.id in made.options]  # rows of their own
+        dense = max(0, 4 * (site.parameters - sum(s.shape[0] * s.shape[1] for s in below) - sum(s.parameters for s in norms)))
+    elif site.kind == "norm":
+        dense = 4 * site.parameters
     else:
         dense = 0
     choices = [Choice(KEEP, 0.0, dense)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import language_models as zoo
@@ -11,6 +14,7 @@ from test_decode import assert_decodes
 from test_drop import build, capture, outputs_differ
 from torch import nn
 
+from lwcompile.budget import Budget
 from lwcompile.context import Context
 from lwcompile.data import CalibrationSet
 from lwcompile.decode import derive_decode
@@ -22,9 +26,13 @@ from lwcompile.passes.transform._norms import norm_at, readers
 from lwcompile.passes.transform.fold_norms import FoldNorms
 from lwcompile.passes.transform.freeze_norm import FreezeNorm, freeze
 from lwcompile.program import Program
+from lwcompile.recipe import Recipe
 from lwcompile.residual import NORMS
+from lwcompile.spec import Spec
 from lwcompile.structure import find_structure
 from lwcompile.testing import check_pass
+from lwcompile.tiny import programs as tiny_programs
+from lwcompile.trials import context as trial_context
 
 pytest.importorskip("transformers", reason="the references are transformers' own modules: install lwcompile[hf]")
 
@@ -36,6 +44,7 @@ KEPT = {
 }  # fmt: skip
 
 
+@cache
 def made(name: str, double: bool = False) -> tuple[nn.Module, dict[str, Any], Program]:
     """A random model whose gains and shifts are no ones and zeros, its inputs and its program."""
     model, example, _ = build(name)
@@ -80,7 +89,7 @@ def test_folding_keeps_the_function(name: str) -> None:
     assert find_structure(after).sites.keys() == find_structure(program).sites.keys()
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "qwen3", "vit"])
+@pytest.mark.parametrize("name", ["gpt_neox", "vit"])
 def test_folding_in_double_precision(name: str) -> None:
     _, example, program = made(name, double=True)
     after, done, _ = folded(program)
@@ -157,7 +166,8 @@ def freeze_by_hand(model: nn.Module, example: dict[str, Any], own: bool) -> None
     seen: dict[str, torch.Tensor] = {}
     norms = norms_of(model)
     hooks = [
-        m.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].double())) for name, m in norms.items()
+        m.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].double()))
+        for name, m in norms.items()
     ]
     model(**example)
     [hook.remove() for hook in hooks]
@@ -206,6 +216,7 @@ def test_freezing_equals_the_module_with_constant_norms(name: str, first: Any) -
     after, done, remarks = frozen(program, example, option)
     assert len(done) == len(norms_of(model)), remarks
     explicit, _, _ = frozen(program, example, FreezeNorm(first=first, fold=False))
+    model = deepcopy(model)
     freeze_by_hand(model, example, first == "own")
     wanted = outputs(model, example)
     assert relative_error(wanted, run(after, example)) < 1e-5
@@ -215,7 +226,7 @@ def test_freezing_equals_the_module_with_constant_norms(name: str, first: Any) -
     assert not list(iterate_calls(after.main, *NORMS))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "vit"])
+@pytest.mark.parametrize("name", ["gpt_neox", "vit"])
 @pytest.mark.parametrize("first", ["own", "same"])
 def test_folded_and_open_are_one_function_in_double_precision(name: str, first: Any) -> None:
     _, example, program = made(name, double=True)
@@ -224,7 +235,7 @@ def test_folded_and_open_are_one_function_in_double_precision(name: str, first: 
     assert relative_error(a, run(program, example)) > 1e-6
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+@pytest.mark.parametrize("name", ["gpt_neox", "bert", "vit"])
 def test_each_tokens_own_deviation_is_the_model_again(name: str) -> None:
     """A guard of 1 over constants that no token reaches divides each token by its own deviation."""
     _, example, program = made(name, double=True)
@@ -242,7 +253,7 @@ def test_each_tokens_own_deviation_is_the_model_again(name: str) -> None:
 
 
 def test_the_guard_stops_an_outlier_and_nothing_else() -> None:
-    model, example, program = made("llama")
+    _, example, program = made("llama")
     plain, guarded = (frozen(program, example, FreezeNorm(guard=g))[0] for g in (None, 1e6))
     assert relative_error(run(plain, example), run(guarded, example)) < 1e-5
     tight = frozen(program, example, FreezeNorm(guard=1.0))[0]
@@ -257,8 +268,10 @@ def test_the_guard_stops_an_outlier_and_nothing_else() -> None:
     assert relative_error((3.0 / own).clamp(max=1.0), seen[call.name]) < 1e-5
 
 
-@pytest.mark.parametrize("without", [(), ("position_ids",), ("position_ids", "attention_mask")])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+COUNTED = [("llama", ("position_ids",)), ("llama", ("position_ids", "attention_mask"))]
+
+
+@pytest.mark.parametrize(("name", "without"), [("llama", ()), ("gpt2", ()), ("gemma3", ()), *COUNTED])
 def test_decoding_goes_on_from_a_cache(name: str, without: tuple[str, ...]) -> None:
     """Only the sequence's first token is the first, however many are cached; padding before it does not count."""
     graph = zoo.captured(name, without)
@@ -302,7 +315,7 @@ def test_encoders_and_decoders(name: str) -> None:
 
 
 def test_freeze_norm_keeps_the_contract() -> None:
-    for option in (FreezeNorm, FreezeNorm(first="same"), FreezeNorm(guard=2.0, fold=False)):
+    for option in (FreezeNorm, FreezeNorm(first="same", guard=2.0, fold=False)):
         assert "declarations: lossy, structural" in check_pass(option)
 
 
@@ -311,3 +324,91 @@ def test_options_that_mean_nothing_are_refused() -> None:
         FreezeNorm(guard=0.5)
     with pytest.raises(BadPlan, match="at least one token"):
         FreezeNorm(tokens=0)
+
+
+# --- in plans and in files
+
+
+@pytest.mark.parametrize("allocator", ["integer_program", "greedy"])
+def test_plans_remove_as_many_norms_as_the_damage_allows(allocator: str, tmp_path: Path) -> None:
+    """A norm's bytes are its gain's and shift's, so the smallest plan within a damage is the one with the fewest norms."""
+    from lwcompile.pipeline import Settings, session
+
+    random = {"dataset": "random", "samples": 16, "seqlen": 12}
+    recipe = Recipe.named("fast").with_(
+        analyses=[Spec.parse("measured")], options={"norm": [Spec.parse("freeze_norm{first=[own,same]}")]},
+        allocator=Spec(allocator), calibration=random, evaluation=random,
+    )  # fmt: skip
+    run_ = session(tiny_programs()["decoder"], Settings(recipe=recipe, backend="program", run_dir=tmp_path))
+    damages = {id: min(d.value for d in found.values()) for id, found in run_.damages.items()}
+    assert len(damages) == 5
+    pays = sorted((v, id) for id, v in damages.items() if id != "final_norm")  # it stays in the open, and saves nothing
+    limit = pays[0][0] + pays[1][0] + 1e-9
+    plan = run_.plan(Budget(max_damage=limit))
+    assert set(plan.choices) == {id for _, id in pays[:2]}
+    compressed = run_.compress(plan)
+    assert len(list(iterate_calls(compressed.main, *NORMS))) == 3
+    assert (plan.bytes or 0) == run_.table.evaluate({}).bytes - 2 * 2 * 32 * 4
+    assert run_.measure(compressed)["damage"].mean > 0
+
+
+def test_one_forward_serves_all_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lwcompile.passes.analysis.measured import Measured
+    from lwcompile.passes.transform import freeze_norm
+
+    program, calls, real = tiny_programs()["decoder"], [], freeze_norm.deviations
+    monkeypatch.setattr(freeze_norm, "deviations", lambda *args: (calls.append(1), real(*args))[1])
+    structure = find_structure(program)
+    ctx = trial_context(program, structure)
+    ctx.options = {site.id: [Spec("freeze_norm")] for site in structure.of_kind("norm")}
+    assert len(list(Measured().run(program, ctx))) == 5 and len(calls) == 1
+
+
+@pytest.mark.parametrize("option", [FoldNorms(), FreezeNorm(), FreezeNorm(first="same", guard=2.0)], ids=str)
+def test_a_language_model_runs_from_its_file(option: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from lwcompile.backends.onnx.backend import Onnx
+
+    graph = zoo.captured("gpt2")
+    program = Program({"forward": graph}, graph.store)
+    example = {i.name: zoo.batch(3, 16)[i.name] for i in graph.inputs}
+    after = folded(program)[0] if isinstance(option, FoldNorms) else frozen(program, example, option)[0]
+    decode = derive_decode(after.main)
+    both = Program({"forward": after.main, "decode": decode}, graph.store, "causal-lm", "tiny")
+    assert Onnx().lower(both, tmp_path / "model.onnx", None).worst < 2e-5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "minilm", "dinov2"])
+def test_the_real_models_norms(name: str, tmp_path: Path) -> None:
+    from test_real import _in_order, real
+    from test_real import example as real_example
+
+    from lwcompile import pipeline
+
+    source = real(name)
+    program, given = pipeline.capture(source), real_example(source, rows=2)
+    if name == "smollm2":
+        given["attention_mask"] = torch.ones_like(given["attention_mask"])
+        given["position_ids"] = torch.arange(24).expand(2, 24).contiguous()
+    example = {k: v for k, v in _in_order(program, given).items() if k in [i.name for i in program.main.inputs]}
+    structure, after = find_structure(program), program.copy()
+    ctx = Context(structure=structure, program=program, calibration=samples(example))
+    sites = structure.of_kind("norm")
+    done = Manager(ctx).transform(after, [(site, FoldNorms()) for site in sites])
+    assert len(done) == {"smollm2": 60, "minilm": 0, "dinov2": 24}[name]
+    assert relative_error(run(program, example), run(after, example)) < 1e-5
+    some = [sites[i] for i in (2, 5, len(sites) - 1)]
+    made = []
+    for option in (FreezeNorm(), FreezeNorm(fold=False)):
+        after = program.copy()
+        Manager(ctx).transform(after, [(site, option) for site in some])
+        made.append(after)
+    a, b = (run(p, example) for p in made)
+    assert relative_error(a, b) < 1e-5 and relative_error(a, run(program, example)) > 1e-4
+    if name == "smollm2":
+        derive_decode(made[0].main)
+    if name == "dinov2":
+        pytest.importorskip("onnxruntime")
+        from lwcompile.backends.onnx.backend import Onnx
+
+        assert Onnx().lower(made[0], tmp_path / "model.onnx", ctx).worst < 2e-5

@@ -105,9 +105,7 @@ class FreezeNorm(TransformPass):
 # --- the constants
 
 
-def deviations(
-    ctx: Context, program: Program | ModelGraph, sites: Sequence[Site], tokens: int
-) -> dict[str, tuple[float, float]]:
+def deviations(ctx: Context, program: Program | ModelGraph, sites: Sequence[Site], tokens: int) -> dict[str, tuple[float, float]]:
     """By site id, the mean deviation of the calibration tokens after the first position, and at it; padding is left out."""
     batches = ctx.batches(program, tokens=tokens)
     cursor = Cursor(program, batches, ctx.device)
@@ -162,9 +160,7 @@ def freeze(
     norm.node.replace_all_uses_with(x)
 
 
-def _factor(
-    graph: ModelGraph, call: Formula, norm: Norm, others: float, first: float, guard: float | None
-) -> fx.Node | None:
+def _factor(graph: ModelGraph, call: Formula, norm: Norm, others: float, first: float, guard: float | None) -> fx.Node | None:
     """What each token is multiplied with beside 1 / others, [..., 1]; None where that is 1 throughout."""
     factor: fx.Node | None = None
     dtype = norm.node.meta["val"].dtype
