@@ -15,7 +15,7 @@ from lwcompile.registry import load, plugins
 KINDS = {
     "analysis": ("Analyses", "Annotate sites and edit nothing. Named under `analyses:` in a recipe."),
     "transform": ("Transforms", "Rewrite the graph at a site. Offered under `options:` in a recipe."),
-    "healer": ("Healers", "Train what a plan changed against the dense model."),
+    "healer": ("Healers", "Train what a plan changed against the dense model. Named by `heal:` in a recipe, or `--heal`."),
     "solver": ("Solvers", "Find the codes and scales of a numeric format for one weight. Named by `quantize{solver=...}`."),
     "allocator": ("Allocators", "Choose an option for every site under a budget. Named by `allocator:` in a recipe."),
     "backend": ("Backends", "Price tensors, write files, and prove that they compute what the graph does."),

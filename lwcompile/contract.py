@@ -259,11 +259,36 @@ class Allocator(Pass):
 
 
 @dataclass(frozen=True)
-class HealPass(Pass):
-    """Trains what a plan changed against the dense model; resumable; bounded by steps."""
+class Healing:
+    """What a healer did.
 
-    def heal(self, program: Program, dense: Program, ctx: Context) -> None:
+    Attributes:
+        steps: that it took.
+        kept: the step whose tensors were kept; 0 if the program was best as it came.
+        trained: numbers that it was free to change.
+        damages: (step, damage) on the calibration samples that it held back.
+    """
+
+    steps: int
+    kept: int
+    trained: int
+    damages: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class HealPass(Pass):
+    """Trains what a plan changed against the dense model; resumable; bounded by steps and not by the clock."""
+
+    def heal(self, program: Program, dense: Program, ctx: Context) -> Healing:
+        """Bind trained tensors to names of `program`, in place; its nodes, and `dense`, stay as they are.
+
+        `Refused` if there is nothing to train. The evaluation set is not its to look at.
+        """
         raise NotImplementedError
+
+    def forwards(self, samples: int) -> float:
+        """How many samples run forward in all, a backward counted as two, from a calibration set of so many: for `--dry-run`."""
+        return 0.0
 
 
 # --- backends

@@ -78,6 +78,10 @@ class CalibrationSet:
         """The first n samples, with the same origins."""
         return self._replace({name: tensor[:n] for name, tensor in self.samples.items()})
 
+    def rows(self, index: Tensor) -> CalibrationSet:
+        """The samples of these numbers, int64 [n], in their order, with the same origins."""
+        return self._replace({name: tensor[index] for name, tensor in self.samples.items()})
+
     def inputs_for(self, names: Sequence[str], rows: slice = slice(None)) -> dict[str, Tensor]:
         """The tensors a model with these inputs is called with; what follows from the tokens is made here.
 

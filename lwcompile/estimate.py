@@ -105,6 +105,9 @@ def estimate(program: Program, *, folder: str | Path = ".", **settings: Any) -> 
     passes = 2.0 if any(solver.wanted.drift for solver in solvers) else 1.0
     seconds["compressing"] = (passes * flops + 2.0 * moments) * calibration / speed + fitting
     seconds["measuring"] = 2.0 * flops * held_out / speed
+    if recipe.heal is not None:
+        seconds["healing"] = make("passes", recipe.heal).forwards(recipe.calibration.samples) * flops * recipe.calibration.seqlen / speed
+        seconds["measuring"] *= 2
     dense = program.nbytes()
     seconds["writing"] = 5.0 + dense / 2e7
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lwcompile.contract import AnalysisPass, Annotation, Damage, TransformPass
+from lwcompile.contract import AnalysisPass, Annotation, Damage, Healing, HealPass, TransformPass
 from lwcompile.errors import LwError, PluginError, Refused, VerificationError
 from lwcompile.program import Program
 from lwcompile.registry import providers
@@ -66,11 +66,31 @@ class Manager:
             program.annotations[key] = dict(found)
         return found
 
+    def heal(self, program: Program, dense: Program, healer: HealPass) -> Healing | None:
+        """Run a healer as one transaction; None, with a remark, where it refuses. Annotations are dropped: they are of before."""
+        digest, draft, started = dense.digest(), program.copy(), time.perf_counter()
+        try:
+            healing = healer.heal(draft, dense, self.ctx)
+        except Refused as refusal:
+            self.ctx.remark(healer.name, "", "refused", refusal.reason)
+            return None
+        except LwError:
+            raise
+        except Exception as error:
+            raise PluginError(f"the healer {healer.spec()} ({type(healer).__module__}) failed: {_say(error)}") from error
+        if dense.digest() != digest or any(_nodes(draft, name) != _nodes(program, name) for name in program.entries):
+            raise VerificationError(f"the healer {healer.name} edited nodes or the dense program; a healer trains tensors")
+        self._check_contents(program, healer.name)
+        _verify(program, draft, [])
+        program.entries, program.annotations = draft.entries, {}
+        self.seconds[healer.name] = time.perf_counter() - started
+        return healing
+
     def _check_contents(self, program: Program, name: str) -> None:
         try:
             program.store.check(program.keys(), deep=True)
         except VerificationError as error:
-            raise VerificationError(f"the analysis {name} edited the program behind the framework's back: {error}") from error
+            raise VerificationError(f"{name} edited the program behind the framework's back: {error}") from error
 
     def transform(
         self,
@@ -174,6 +194,10 @@ class Manager:
                 names = providers(key)
                 hint = f"run {' or '.join(names)} first" if names else "no installed pass provides it"
                 raise Refused(f"{wanted.name} requires the annotation {key!r}, which is missing; {hint}")
+
+
+def _nodes(program: Program, entry: str) -> object:
+    return program.entries[entry].to_json()["nodes"]
 
 
 def _verify(before: Program, after: Program, sites: Sequence[Site]) -> None:

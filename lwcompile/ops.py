@@ -2,12 +2,16 @@
 
 `lwcompile::dequantize` turns packed codes into a float32 weight, so that a quantized linear is
 `aten.linear(x, lwcompile::dequantize(codes, scale, zero, ...), bias)` and an embedding is
-`aten.embedding(lwcompile::dequantize(...), ids)`. Import this module before loading a program that holds it.
+`aten.embedding(lwcompile::dequantize(...), ids)`. Import this module before loading a program that holds it. It has gradients
+for scales and float zero points, which healing trains.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lwcompile.formats import row_chunks, to_weights_, unpack_bits
@@ -41,3 +45,30 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, gro
 @dequantize.register_fake
 def _(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, in_features: int) -> Tensor:
     return torch.empty((scale.shape[0], in_features), dtype=torch.float32, device=codes.device)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    codes, scale, zero, *sizes = inputs
+    ctx.save_for_backward(codes, scale, zero)
+    ctx.sizes = sizes
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the scales: sum of (code - zero) * grad over each group. Of float zero points: -scale * sum of grad. Codes have none."""
+    codes, scale, zero = ctx.saved_tensors
+    _, group_size, in_features = ctx.sizes
+    rows, groups = scale.shape
+
+    def summed(x: Tensor) -> Tensor:
+        return F.pad(x, (0, groups * group_size - in_features)).view(rows, groups, group_size).sum(-1)
+
+    of_scale = of_zero = None
+    if ctx.needs_input_grad[1]:
+        steps = dequantize(codes, torch.ones_like(scale), zero, *ctx.sizes)
+        of_scale = summed(steps * grad).to(scale.dtype)
+    if ctx.needs_input_grad[2]:
+        of_zero = (-scale.float() * summed(grad)).to(zero.dtype)
+    return None, of_scale, of_zero, None, None, None
+
+
+dequantize.register_autograd(_gradients, setup_context=_save)

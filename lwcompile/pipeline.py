@@ -15,12 +15,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lwcompile.artifact import load, write_artifact
 from lwcompile.budget import Budget
 from lwcompile.context import Progress, SilentProgress
 from lwcompile.contract import Backend
+from lwcompile.damage import Estimate
 from lwcompile.errors import BadInput, Refused
 from lwcompile.folder import ProgramFolder
 from lwcompile.plans import Plan
@@ -31,6 +32,7 @@ from lwcompile.registry import plugins
 from lwcompile.report import Report
 from lwcompile.rundir import RunDir, content_key, versions
 from lwcompile.session import Session
+from lwcompile.spec import Spec
 from lwcompile.store import ParameterStore
 from lwcompile.table import pareto
 from lwcompile.tracing import capture_module, from_exported
@@ -49,7 +51,8 @@ __all__ = ["Result", "Settings", "capture", "compress", "export", "load", "plan"
 class Settings:
     """What flags and keyword arguments say; None leaves it to the recipe.
 
-    `max_kl` limits the measured damage on held-out samples, in the metric's unit; `avg_bits` and `max_bytes` the size.
+    `max_kl` limits the measured damage on held-out samples, in the metric's unit; `avg_bits` and `max_bytes` the size. `heal` names
+    a healer, such as `distill{steps=200}`; False heals nothing, whatever the recipe says.
     """
 
     recipe: str | Path | Recipe = DEFAULT
@@ -66,6 +69,7 @@ class Settings:
     device: str = "cpu"
     run_dir: Path | None = None
     seed: int | None = None
+    heal: str | Spec | Literal[False] | None = None
 
     def resolved(self) -> Recipe:
         """The recipe with these settings over it."""
@@ -79,6 +83,7 @@ class Settings:
             metric=self.metric,
             backend=self.backend,
             seed=self.seed,
+            heal=self.heal,
         )
 
 
@@ -187,13 +192,43 @@ def _compressed(run: Session, settings: Settings, lowered: bool = False) -> Resu
     if lowered and program is None and (reasons := run.backend.unsupported(run.restructured(chosen))):
         raise Refused(f"{run.backend.name} cannot hold this plan: {'; '.join(reasons)}")
     program = program or run.compress(chosen)
-    found = run.measure(program)
+    found, healing = run.measure(program), None
+    if run.recipe.heal is not None:
+        program, found, healing = _healed(run, program, found, settings.max_kl)
     damage = found["damage"]
     chosen = chosen.replace(measured=damage.mean, interval=(damage.low, damage.high), unit=run.metric.unit)
-    report = _report(run, chosen, found)
+    report = _report(run, chosen, found, healing)
     report.save(run.results.root)
     chosen.save(run.results.root / "plan.yaml", run.table)
     return Result(program, chosen, report, None, run.results.root)
+
+
+def _healed(
+    run: Session, program: Program, before: dict[str, Estimate], limit: float | None
+) -> tuple[Program, dict[str, Estimate], dict[str, Any]]:
+    """The program healed and measured again, and what the report says of it. Where healing would break the limit that the plan
+    keeps, the program stays as it was."""
+    healed, done = run.heal(program)
+    by, said = str(run.recipe.heal), {"healer": str(run.recipe.heal), "before": before["damage"].to_json()}
+    if done is None:
+        return program, before, said | {"refused": run.context.remarks[-1].text}
+    after = run.measure(healed)
+    old, new = before["damage"], after["damage"]
+    said |= {"after": new.to_json(), "steps": done.steps, "kept": done.kept, "trained": done.trained, "held out": done.damages}
+    if limit is not None and new.high > max(limit, old.high):
+        reason = f"rolled back: damage would be {new}, past the limit of {limit:g}"
+        run.context.remark(by, "", "refused", reason, before=old.mean, after=new.mean, limit=limit)
+        return program, before, said | {"refused": reason}
+    text = (
+        f"damage {old.mean:.4g} before and {new.mean:.4g} after, {new.unit}; {done.trained:,} numbers trained for {done.steps} "
+        f"steps, step {done.kept} kept"
+    )
+    numbers = {"before": old.mean, "after": new.mean, "steps": done.steps, "kept": done.kept, "trained": done.trained}
+    grown = healed.nbytes() - program.nbytes()
+    if grown:  # gains that were all one are one stored tensor before, and several after
+        text, numbers = f"{text}; {grown:+,} bytes stored", numbers | {"bytes": grown}
+    run.context.remark(by, "", "did", text, **numbers)
+    return healed, after, said
 
 
 def export(program: Program, path: str | Path, *, progress: Progress | None = None, **settings: Any) -> Result:
@@ -288,7 +323,7 @@ def _whole(folder: Path, write: Any) -> None:
 # --- the report
 
 
-def _report(run: Session, chosen: Plan, found: Mapping[str, Any]) -> Report:
+def _report(run: Session, chosen: Plan, found: Mapping[str, Any], healing: Mapping[str, Any] | None = None) -> Report:
     from lwcompile.registry import make
 
     damage = found["damage"]
@@ -309,6 +344,7 @@ def _report(run: Session, chosen: Plan, found: Mapping[str, Any]) -> Report:
             "dataset": run.evaluation.describe(),
         },
         remarks=_remarks(run),
+        **({} if healing is None else {"healing": dict(healing)}),
         seconds={name: round(s, 2) for name, s in run.seconds.items()},
         versions=versions(),
         seed=run.recipe.seed,

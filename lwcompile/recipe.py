@@ -7,6 +7,7 @@
       "block0.*": []                          # of the keys that match a site, the last one counts
     allocator: integer_program
     budget: {avg_bits: 4.25}
+    heal: distill{steps=200}                  # trains what the plan changed, before it is measured; left out by default
     backend: onnx
 
 Errors name the file, the line and the key. Flags of the command line come over it with `with_`.
@@ -60,6 +61,10 @@ def _several(value: Any) -> Any:
     return () if value is None else (value,) if isinstance(value, str | Spec) else value
 
 
+def _unless_false(value: Any) -> Any:
+    return None if value is False else value
+
+
 OneSpec = Annotated[Spec, _AsSpec]
 Specs = Annotated[tuple[OneSpec, ...], BeforeValidator(_several)]
 
@@ -101,6 +106,7 @@ class Recipe(BaseModel):
     options: dict[str, Specs] = {}
     allocator: OneSpec = Field(default_factory=lambda: Recipe.named(DEFAULT).allocator)
     budget: InstanceOf[Budget] = NO_BUDGET
+    heal: Annotated[OneSpec | None, BeforeValidator(_unless_false)] = None
     backend: OneSpec | None = None
     metric: Annotated[str | None, BeforeValidator(_metric)] = None
     calibration: Data = Data()
@@ -150,7 +156,7 @@ class Recipe(BaseModel):
     def with_(self, **changes: Any) -> Recipe:
         """This recipe with flags over it: `with_(budget={"avg_bits": 3.5}, calibration={"samples": 64}, seed=1)`.
 
-        None is a flag that was not given. Mappings for `calibration` and `evaluation` merge; a budget overrides as
+        None is a flag that was not given; `heal=False` heals nothing. Mappings for `calibration` and `evaluation` merge; a budget overrides as
         `Budget.override` says; everything else replaces.
         """
         body = {name: getattr(self, name) for name in type(self).model_fields}
@@ -193,6 +199,8 @@ class Recipe(BaseModel):
                 for part in spec.parts:
                     yield Reference("passes", part, self.where("options", key, index))
         yield Reference("allocators", self.allocator, self.where("allocator"))
+        if self.heal is not None:
+            yield Reference("passes", self.heal, self.where("heal"))
         if self.backend is not None:
             yield Reference("backends", self.backend, self.where("backend"))
 
@@ -218,6 +226,7 @@ class Recipe(BaseModel):
             "options": [[key, [str(spec) for spec in specs]] for key, specs in self.options.items()],
             "allocator": str(self.allocator),
             "budget": self.budget.to_dict(),
+            "heal": None if self.heal is None else str(self.heal),
             "backend": None if self.backend is None else str(self.backend),
             "metric": self.metric,
             "calibration": self.calibration.model_dump(),

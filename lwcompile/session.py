@@ -1,6 +1,6 @@
 """One run: a program, a recipe, and everything between them that is worth keeping.
 
-    options -> damages (analyses) -> table -> plan (allocator) -> compressed program -> measured damage
+    options -> damages (analyses) -> table -> plan (allocator) -> compressed program -> (healed) -> measured damage
 
 Each step's result lies in the run directory under its content, so that a killed run goes on where it was and a new budget is
 solved without scoring again.
@@ -24,7 +24,7 @@ from lwcompile.apply import apply_plan
 from lwcompile.budget import Budget
 from lwcompile.choices import Offer, build_table, dense_bytes, groups_of, offer
 from lwcompile.context import Context, Progress, SilentProgress
-from lwcompile.contract import AnalysisPass, Backend, Damage, Score, TransformPass
+from lwcompile.contract import AnalysisPass, Backend, Damage, Healing, HealPass, Score, TransformPass
 from lwcompile.damage import DamageMeter, Estimate, evaluate
 from lwcompile.data import CalibrationSet, load_dataset
 from lwcompile.errors import BadInput, BadPlan, InfeasibleBudget, LwError
@@ -74,7 +74,7 @@ class Session:
 
     @cached_property
     def results(self) -> RunDir:
-        scored = {k: v for k, v in self.recipe.canonical().items() if k not in ("budget", "allocator")}
+        scored = {k: v for k, v in self.recipe.canonical().items() if k not in ("budget", "allocator", "heal")}
         root = self.run_dir or RunDir.default_root() / short_hash(content_key(self.digest, scored))
         made = RunDir(root)
         made.describe(model=self.program.name, recipe=self.recipe.canonical(), program=self.digest, versions=versions())
@@ -320,6 +320,16 @@ class Session:
         made = [make("passes", spec) for spec in sorted(specs, key=str)]
         solvers = [make("solvers", s) for t in made if isinstance(s := getattr(t, "solver", None), Spec)]
         return sorted({code_hash(type(p)) for p in [*made, *solvers]})
+
+    def heal(self, program: Program) -> tuple[Program, Healing | None]:
+        """The compressed program trained by the recipe's healer, and what that did; None, with a remark, if it refused."""
+        healer = make("passes", self.recipe.heal) if self.recipe.heal is not None else None
+        if not isinstance(healer, HealPass):
+            raise BadPlan(f"{self.recipe.where('heal')}: {self.recipe.heal or 'nothing'} is no healer")
+        ctx, healed = self._ready(), program.copy()
+        with self._timed("healing"):
+            done = Manager(ctx).heal(healed, self.dense, healer)
+        return healed, done
 
     # --- measuring
 

@@ -155,6 +155,10 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         rows.append(("damage", "0", f"{damage:.4g}", f"{interval}{report.get('unit', '')}"))
     elif report.get("predicted") is not None:
         rows.append(("damage", "0", f"{report['predicted']:.4g}", f"{report.get('unit', '')}, predicted, not measured"))
+    if (unhealed := _get(report, "healing", "before")) is not None:
+        refused = _get(report, "healing", "refused")
+        remark = f"not healed: {refused}" if refused else f"{_get(report, 'healing', 'kept')} steps kept"
+        rows.append(("before healing", "", f"{value_of(unhealed):.4g}", remark))
     perplexity = _get(report, "evaluation", "compressed", "perplexity")
     if perplexity:
         dense = _get(report, "evaluation", "dense", "perplexity")

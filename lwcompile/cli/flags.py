@@ -46,6 +46,16 @@ class Budgets:
 
 
 @dataclass(frozen=True)
+class Healing:
+    """Whether what the plan changed is trained afterwards."""
+
+    heal: Annotated[
+        str | None, Option(help="Train what the plan changed against the dense model, such as 'distill{steps=200}'.")
+    ] = None
+    no_heal: Annotated[bool, Option("--no-heal", help="Train nothing, whatever the recipe says.")] = False
+
+
+@dataclass(frozen=True)
 class Data:
     """What it is judged on, and where that runs."""
 
@@ -100,7 +110,9 @@ def flags(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def settings(budget: Budgets | None = None, data: Data | None = None, run: Run | None = None) -> dict[str, Any]:
+def settings(
+    budget: Budgets | None = None, data: Data | None = None, run: Run | None = None, healing: Healing | None = None
+) -> dict[str, Any]:
     """The keyword arguments of the pipeline that flags stand for. `BadInput` for a device or a size that cannot be."""
     from lwcompile.budget import parse_size
     from lwcompile.errors import BadInput, BadPlan
@@ -123,6 +135,10 @@ def settings(budget: Budgets | None = None, data: Data | None = None, run: Run |
         made |= dataclasses.asdict(data) | {"device": device(data.device)}
     if run is not None:
         made |= {"backend": run.backend, "run_dir": run.run_dir}
+    if healing is not None:
+        if healing.no_heal and healing.heal is not None:
+            raise BadInput("--heal and --no-heal say opposite things; leave one of the two out")
+        made |= {"heal": False if healing.no_heal else healing.heal}
     return made
 
 

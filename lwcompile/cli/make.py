@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lwcompile.cli.console import err, note, show, show_json
-from lwcompile.cli.flags import Budgets, Data, Run, Source, flags, settings
+from lwcompile.cli.flags import Budgets, Data, Healing, Run, Source, flags, settings
 
 if TYPE_CHECKING:
     from lwcompile.pipeline import Result
@@ -25,12 +25,12 @@ def register(app: typer.Typer) -> None:
 @flags
 def export(
     path: Annotated[Path, typer.Argument(help="The file to write, such as model.onnx; its folder becomes loadable.")],
-    source: Source, budget: Budgets, data: Data, run: Run,
+    source: Source, budget: Budgets, healing: Healing, data: Data, run: Run,
 ) -> None:  # fmt: skip
     """Compile a model into a file that a runtime takes, and prove that the file computes the same."""
     from lwcompile import pipeline
 
-    words = settings(budget, data, run)
+    words = settings(budget, data, run, healing)
     require_backend(path, run.backend)
     program = open_model(source.model)
     if run.dry_run:
@@ -41,12 +41,12 @@ def export(
 @flags
 def compress(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write the compressed program into.")],
-    source: Source, budget: Budgets, data: Data, run: Run,
+    source: Source, budget: Budgets, healing: Healing, data: Data, run: Run,
 ) -> None:  # fmt: skip
     """Compress a model and write it as a program that Python loads, without lowering it."""
     from lwcompile import pipeline
 
-    words = settings(budget, data, run)
+    words = settings(budget, data, run, healing)
     program = open_model(source.model)
     if run.dry_run:
         return dry_run(program, words, folder, run.json)

@@ -1,0 +1,214 @@
+"""Distill: tensors of the compressed program are trained until its outputs are near the dense program's again.
+
+    loss = output * damage(dense, compressed)                       the metric's own: KL of logits, of features' similarities
+         + hidden * mean over blocks of |h - h'|^2 / |h|^2          at the block ends that both programs have, token by token
+         + tail   * the same at the last of them alone
+
+Codes stay as they are unless `train` names them; scales, norms and biases are what is left to move. Each tensor moves by about `lr`
+of its root mean square a step. The tensors kept are the best on held-out calibration samples, checked every `every` steps; the
+start counts too, so that the worst is no change.
+
+Source: distillation (arXiv 1503.02531); hidden states as in TinyBERT (arXiv 1909.10351), the last ones as in FoldGPT (arXiv
+2407.00928); norms alone as in Norm Tweaking (arXiv 2309.02784), scales with frozen codes as in EfficientQAT (arXiv 2407.11062).
+Cost: `steps` * `batch` * `accumulate` samples, each forward twice and backward once; 16 bytes a trained number.
+Refuses: nothing to train; a metric without gradients; fewer samples than one batch beside the held-out ones; batches that do not
+go evenly to the processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lwcompile.context import Context
+from lwcompile.contract import Healing, HealPass
+from lwcompile.damage import DamageMeter
+from lwcompile.data import CalibrationSet
+from lwcompile.errors import Refused
+from lwcompile.executor import Executor
+from lwcompile.memory import give_back
+from lwcompile.passes.heal import _ranks as ranks
+from lwcompile.passes.heal._course import Course
+from lwcompile.passes.heal._ends import changed_tensors, common_ends, distance
+from lwcompile.passes.heal._trained import Training, choose, made
+from lwcompile.program import Program
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Distill(HealPass):
+    """Train `train` against the dense program on the calibration samples, for `steps` steps.
+
+    train: `norms` (and biases), `scales` (and float zero points), `codes` (straight through), `adapters` (low-rank factors that
+    the dense program lacks), `changed` (all of the blocks that the plan changed more than most), `all` (everything but codes), or
+    globs over ids of sites and names of tensors.
+    batch: samples that run together; by default the metric's group, or 4. accumulate: batches a step.
+    held_out: share of the calibration samples; 0 trains on all and keeps the last step. patience: checks without a gain.
+    """
+
+    name: ClassVar[str] = "distill"
+
+    steps: int = 200
+    train: str | tuple[str, ...] = ("norms", "scales")
+    lr: float = 2e-3
+    output: float = 1.0
+    hidden: float = 0.0
+    tail: float = 0.0
+    batch: int | None = None
+    accumulate: int = 2
+    warmup: float = 0.1
+    clip: float = 1.0
+    held_out: float = 0.125
+    every: int = 20
+    patience: int = 4
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "accumulate", "every", "patience"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is at least 1, not {getattr(self, field)}")
+        for field in ("lr", "clip"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} is above 0, not {getattr(self, field)}")
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"batch is at least 1, not {self.batch}")
+        if min(self.output, self.hidden, self.tail) < 0 or self.output + self.hidden + self.tail == 0:
+            raise ValueError("output, hidden and tail are weights of the loss: none below 0, and not all 0")
+        if not (0 <= self.held_out < 1 and 0 <= self.warmup < 1):
+            raise ValueError("held_out and warmup are shares, at least 0 and below 1")
+        if not self.words:
+            raise ValueError("train names what may change, such as norms or scales")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (self.train,) if isinstance(self.train, str) else self.train
+
+    def forwards(self, samples: int) -> float:
+        held = 2.0 * self.held_out * samples * (2 + self.steps / self.every)
+        return 4.0 * self.steps * self.accumulate * (self.batch or 4) + held
+
+    def heal(self, program: Program, dense: Program, ctx: Context) -> Healing:
+        run = _Run(self, program, dense, ctx)
+        key = ctx.key(self, program.digest(), dense.digest(), ctx.device)
+        stored = ctx.rundir.get_tensors(key) if ctx.rundir is not None else None
+        finished = run.course.restore(stored) if stored is not None else False
+        with ctx.progress.task(f"healing {run.count:,} numbers", self.steps) as task:
+            task.advance(run.course.step)
+            while not finished:
+                if run.course.step % self.every == 0 or run.course.step == self.steps:
+                    finished = run.check() or run.course.step == self.steps
+                    if ctx.rundir is not None and run.rank == 0:
+                        ctx.rundir.put_tensors(key, run.course.state(finished))
+                if not finished:
+                    run.advance()
+                    task.advance()
+                    give_back()
+        run.course.finish()
+        for one in run.trained:
+            result = one.result()
+            for entry, name in one.names:
+                program.entries[entry].set_tensor(name, result)
+        return Healing(run.course.step, run.course.kept, run.count, tuple(run.course.damages))
+
+
+class _Run:
+    """One healing under way: both programs, the samples, and the course."""
+
+    def __init__(self, given: Distill, program: Program, dense: Program, ctx: Context) -> None:
+        self.given, self.ctx, self.metric = given, ctx, ctx.need_metric()
+        self.dense, device = Executor(dense, ctx.device), torch.device(ctx.device)
+        self.rank, self.ranks = ranks.join(device)
+        if given.accumulate % self.ranks:
+            raise Refused(f"{given.accumulate} batches a step do not go evenly to {self.ranks} processes: set accumulate")
+        self.size = given.batch or (getattr(self.metric, "batch", ctx.batch_size) if self.metric.joint else ctx.batch_size)
+        self._split(ctx.need_calibration())
+        structure = ctx.find_structure(dense)
+        before = Executor(program, ctx.device)
+        self.ends = common_ends(self.dense, before, structure)
+        few = dict(next(self.samples.batches(self.size, self.dense.inputs())))
+        chosen = choose(program, dense, given.words, structure, lambda: changed_tensors(self.dense, before, self.ends, few, program))
+        before.release()
+        if not chosen:
+            raise Refused(f"there is nothing to train: {', '.join(given.words)} names no tensor of the compressed program")
+        self.trained = made(program, dense, chosen, device)
+        self.count = sum(one.parameter.numel() for one in self.trained)
+        self.student = Training(program, self.trained, ctx.device)
+        parameters = [one.parameter for one in self.trained]
+        sizes = [one.size for one in self.trained]
+        self.course = Course(parameters, sizes, given.lr, given.steps, given.warmup, given.clip)
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported() if given.precision == "auto" else given.precision == "bfloat16"
+        self._fast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+    def _split(self, given: CalibrationSet) -> None:
+        """Samples to train on and to hold back, drawn by seed, so that both come from everywhere in the text."""
+        least = 3 if self.metric.joint else 1
+        held = 0 if self.given.held_out == 0 else max(least, round(self.given.held_out * len(given)))
+        if len(given) - held < self.size:
+            raise Refused(f"{len(given)} samples are too few for a batch of {self.size} beside {held} held out: raise --samples")
+        order = torch.randperm(len(given), generator=torch.Generator().manual_seed(self.ctx.seed))
+        self.samples = given.rows(order[held:].sort().values)
+        self.held = given.rows(order[:held].sort().values) if held else None
+
+    def _batch(self, number: int) -> Batch:
+        """The batch of this number: the samples pass in an order drawn anew each time around, by seed."""
+        rows, n = [], len(self.samples)
+        for i in range(number * self.size, (number + 1) * self.size):
+            generator = torch.Generator().manual_seed(self.ctx.seed + 1 + i // n)
+            rows.append(int(torch.randperm(n, generator=generator)[i % n]))
+        return self.samples.rows(torch.tensor(rows)).inputs_for(self.dense.inputs())
+
+    def advance(self) -> None:
+        """One step; each rank takes its share of the batches."""
+        given, course = self.given, self.course
+        for i in range(self.rank, given.accumulate, self.ranks):
+            loss = self._loss(self._batch(course.step * given.accumulate + i)) / given.accumulate
+            if not loss.requires_grad:
+                raise Refused(f"{self.metric!r} gives no gradient for what is trained: set output=0 and hidden or tail above it")
+            loss.backward()
+        for p in course.parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if self.ranks > 1:
+            ranks.add_up([p.grad for p in course.parameters if p.grad is not None])
+        course.advance()
+
+    def _loss(self, batch: Batch) -> Tensor:
+        given = self.given
+        watched = self.ends if given.hidden else self.ends[-1:] if given.tail else []
+        with self._fast():
+            with torch.no_grad():
+                dense = self.dense.run(batch, watched)
+            found = self.student.run(batch, watched)
+        terms: list[Tensor] = []
+        if given.output:
+            outputs = [{name: made[name] for name in self.student.outputs if name in made} for made in (dense, found)]
+            terms.append(given.output * self.metric.compare(outputs[0], outputs[1], batch).mean())
+        apart = [distance(dense[key], found[key], batch) for key in watched]
+        if given.hidden:
+            terms.append(given.hidden * torch.stack(apart).mean())
+        if given.tail and apart:
+            terms.append(given.tail * apart[-1])
+        return torch.stack([term.float() for term in terms]).sum()
+
+    def check(self) -> bool:
+        """Measure the held-out damage, and say whether it is time to stop."""
+        if self.held is None:
+            self.course.kept, self.course.best = self.course.step, [p.detach().clone() for p in self.course.parameters]
+            return False
+        damage = self._damage() if self.rank == 0 else 0.0
+        self.course.judge(ranks.told(damage, self.dense.device) if self.ranks > 1 else damage)
+        return self.course.stalled(self.given.patience)
+
+    @torch.no_grad()
+    def _damage(self) -> float:
+        assert self.held is not None
+        meter = DamageMeter(self.metric, self.ctx.seed)
+        for batch in self.held.batches(self.ctx.batch_size, self.dense.inputs()):
+            with self._fast():
+                dense, found = self.dense.run(batch), self.student.run(batch)
+            meter.update(dense, found, batch)
+        return meter.result().mean
