@@ -277,7 +277,9 @@ class Healing:
 
 @dataclass(frozen=True)
 class HealPass(Pass):
-    """Trains what a plan changed against the dense model; resumable; bounded by steps and not by the clock."""
+    """Trains what a plan changed against the dense model, for at most `steps` steps, whatever the clock says; resumable."""
+
+    steps: int = 200
 
     def heal(self, program: Program, dense: Program, ctx: Context) -> Healing:
         """Bind trained tensors to names of `program`, in place; its nodes, and `dense`, stay as they are.

@@ -106,7 +106,9 @@ def estimate(program: Program, *, folder: str | Path = ".", **settings: Any) -> 
     seconds["compressing"] = (passes * flops + 2.0 * moments) * calibration / speed + fitting
     seconds["measuring"] = 2.0 * flops * held_out / speed
     if recipe.heal is not None:
-        seconds["healing"] = make("passes", recipe.heal).forwards(recipe.calibration.samples) * flops * recipe.calibration.seqlen / speed
+        seconds["healing"] = (
+            make("passes", recipe.heal).forwards(recipe.calibration.samples) * flops * recipe.calibration.seqlen / speed
+        )
         seconds["measuring"] *= 2
     dense = program.nbytes()
     seconds["writing"] = 5.0 + dense / 2e7

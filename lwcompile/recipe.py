@@ -156,8 +156,8 @@ class Recipe(BaseModel):
     def with_(self, **changes: Any) -> Recipe:
         """This recipe with flags over it: `with_(budget={"avg_bits": 3.5}, calibration={"samples": 64}, seed=1)`.
 
-        None is a flag that was not given; `heal=False` heals nothing. Mappings for `calibration` and `evaluation` merge; a budget overrides as
-        `Budget.override` says; everything else replaces.
+        None is a flag that was not given; `heal=False` heals nothing. Mappings for `calibration` and `evaluation` merge; a
+        budget overrides as `Budget.override` says; everything else replaces.
         """
         body = {name: getattr(self, name) for name in type(self).model_fields}
         for key, value in changes.items():

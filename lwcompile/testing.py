@@ -12,6 +12,7 @@ the report; the first that does not raises `VerificationError`, which names the 
     analysis        edits nothing, finite numbers at known sites, the same under one seed, the same from a run directory
     transform       `check` edits nothing, the manager's contract, the same under one seed, EXACT where promised, at other sizes
                     too, saves and loads, tensors declared for pricing, silences what it removes, refusals with reasons
+    healer          trains tensors and edits nothing else, keeps to its steps, the same under one seed and from a run directory
     solver          the format that was asked for, finite, weight untouched, the same twice, more bits less error
 """
 
@@ -27,7 +28,7 @@ import torch
 
 from lwcompile import API_VERSION
 from lwcompile.context import Context
-from lwcompile.contract import AnalysisPass, Damage, Pass, Score, Solver, TransformPass, configure
+from lwcompile.contract import AnalysisPass, Damage, HealPass, Pass, Score, Solver, TransformPass, configure
 from lwcompile.contract import _to_value as to_value
 from lwcompile.errors import Refused, VerificationError
 from lwcompile.formats import NumericFormat
@@ -60,6 +61,8 @@ def check_pass(given: Pass | type[Pass], program: Program | None = None, sites: 
         AnalysisTrial(report, checked).run(cases)
     elif isinstance(checked, TransformPass):
         TransformTrial(report, checked, None if sites is None else list(sites)).run(cases)
+    elif isinstance(checked, HealPass):
+        _healer(report, dataclasses.replace(checked, steps=min(checked.steps, 4)), cases)
     elif isinstance(checked, Solver):
         _solver(report, checked)
     return report.lines
@@ -104,7 +107,7 @@ def _documentation(cls: type[Pass], made: Pass) -> None:
         texts += ["" if generated else own, getattr(sys.modules.get(base.__module__), "__doc__", None) or ""]
     text = "\n".join(texts)
     require(text.strip(), "neither the class nor its module has a docstring")
-    if isinstance(made, AnalysisPass | TransformPass | Solver):
+    if isinstance(made, AnalysisPass | TransformPass | HealPass | Solver):
         require("Cost" in text, "no word of what it costs: say `Cost: one forward`, or what it is")
     if isinstance(made, TransformPass):
         require("->" in text or "Source" in text, "a transform shows `before -> after`, or names its source")
@@ -173,6 +176,53 @@ def _same(first: Mapping[str, Any], second: Mapping[str, Any], when: str) -> Non
     if differing:
         id = differing[0]
         raise Broken(f"{len(differing)} sites differ {when}, such as {id}: {first.get(id)} and {second.get(id)}")
+
+
+# --- healers
+
+
+def _healer(report: Report, healer: HealPass, cases: Mapping[str, Program]) -> None:
+    """Four steps at most, on each model with noise on its weights."""
+    for label, program in cases.items():
+        structure, hurt = find_structure(program), _hurt(program)
+
+        def heal(rundir: Memory | None, seed: int) -> str:
+            draft = hurt.copy()  # noqa: B023
+            with global_seed(seed):
+                ctx = context(program, structure, rundir)  # noqa: B023
+                healing = Manager(ctx).heal(draft, program, healer)  # noqa: B023
+            if healing is None:
+                raise Refused(ctx.remarks[-1].text)
+            require(healing.kept <= healing.steps <= healer.steps, f"it took {healing.steps} steps of {healer.steps}")
+            return draft.digest()
+
+        try:
+            with report.clause(f"contract on {label}", "only tensors changed, the dense program did not"):
+                first = heal(None, 1)
+        except VerificationError as error:
+            if not isinstance(error.__cause__, Refused):
+                raise
+            report.lines.append(f"refusal on {label}: {error.__cause__.reason}")
+            continue
+        kept = Memory()
+        with report.clause(f"determinism on {label}", "the same tensors under one seed"):
+            require(heal(kept, 2) == first, "two runs give different tensors")
+        with report.clause(f"resuming on {label}", "the same tensors from a run directory"):
+            require(heal(kept, 3) == first, "its own run directory gives different tensors")
+
+
+def _hurt(program: Program) -> Program:
+    """A copy with a tenth of noise on every matrix."""
+    hurt, generator = program.copy(), torch.Generator().manual_seed(SEED)
+    noise: dict[str, torch.Tensor] = {}
+    for graph in hurt.entries.values():
+        for name, key in list(graph.tensors.items()):
+            tensor = graph.tensor(name)
+            if tensor.ndim == 2 and tensor.is_floating_point():
+                if key not in noise:
+                    noise[key] = tensor + 0.1 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+                graph.set_tensor(name, noise[key])
+    return hurt
 
 
 # --- solvers

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lwcompile.executor import Executor, Tap
-from lwcompile.passes.heal._trained import Name, constant_sources
+from lwcompile.passes.heal._trained import Name, read_by
 from lwcompile.program import Program
 from lwcompile.structure import Structure
 
@@ -60,6 +60,6 @@ def changed_tensors(
         stop = compressed.position(key) + 1
         if errors[key] >= limit and errors[key] > 0:
             for step in compressed.steps[start:stop]:
-                found |= {(entries[id(step.graph)], str(read.target)) for read in constant_sources(step.node)}
+                found |= {(entries[id(step.graph)], str(read.target)) for read in read_by(step.node)}
         start = stop
     return found

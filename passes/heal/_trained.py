@@ -73,30 +73,24 @@ class Trained:
 # --- choosing
 
 
-def stored_behind(node: Any) -> Iterator[fx.Node]:
-    """The `get_attr` nodes that a weight is computed from; what unpacks codes is looked at on its own."""
-    if not isinstance(node, fx.Node) or node.target is DEQUANTIZE:
-        return
-    if node.op == "get_attr":
-        yield node
-    elif node.op == "call_function":
-        for source in node.all_input_nodes:
+def stored_behind(value: Any) -> Iterator[fx.Node]:
+    """The `get_attr` nodes that a value is computed from, where those are all that it is computed from."""
+    if isinstance(value, fx.Node) and _is_constant(value):
+        if value.op == "get_attr":
+            yield value
+        for source in value.all_input_nodes:
             yield from stored_behind(source)
 
 
-def constant_sources(node: fx.Node) -> Iterator[fx.Node]:
+def read_by(call: fx.Node) -> Iterator[fx.Node]:
     """The `get_attr` nodes that a call reads, directly or through arithmetic on stored tensors alone."""
-    for source in node.all_input_nodes:
-        if source.op == "get_attr":
-            yield source
-        elif source.op == "call_function" and _is_constant(source):
-            yield from constant_sources(source)
+    for source in call.all_input_nodes:
+        yield from stored_behind(source)
 
 
 def _is_constant(node: fx.Node) -> bool:
-    return node.op == "get_attr" or (
-        node.op == "call_function" and bool(node.all_input_nodes) and all(map(_is_constant, node.all_input_nodes))
-    )
+    sources = node.all_input_nodes
+    return node.op == "get_attr" or (node.op == "call_function" and bool(sources) and all(map(_is_constant, sources)))
 
 
 def roles(program: Program, dense: Program) -> dict[str, set[Name]]:
@@ -116,7 +110,7 @@ def roles(program: Program, dense: Program) -> dict[str, set[Name]]:
 
 def _reads(node: fx.Node) -> Iterator[tuple[str, fx.Node]]:
     if node.target in NORMS:
-        yield from (("norms", read) for read in node.all_input_nodes if read.op == "get_attr")
+        yield from (("norms", read) for read in read_by(node))
     elif node.target in WEIGHTED:
         yield from (("weights", read) for read in stored_behind(node.args[1]))
         yield from (("norms", read) for read in stored_behind(node.args[2] if len(node.args) > 2 else None))
@@ -139,7 +133,9 @@ def _narrower(node: fx.Node) -> fx.Node | None:
     return first if rank < min(features, out) else None
 
 
-def choose(program: Program, dense: Program, words: Sequence[str], structure: Structure, changed: Callable[[], set[Name]]) -> set[Name]:
+def choose(
+    program: Program, dense: Program, words: Sequence[str], structure: Structure, changed: Callable[[], set[Name]]
+) -> set[Name]:
     """The tensors that `words` name; each is one of `WORDS`, or a glob over names of tensors and ids of sites."""
     known = roles(program, dense)
     floats = set().union(*(names for role, names in known.items() if role != "codes"))
@@ -161,7 +157,7 @@ def _matching(program: Program, structure: Structure, glob: str) -> set[Name]:
     nodes = {(entry, node.name): node for entry, graph in program.entries.items() for node in graph.graph.nodes}
     for site in structure.sites.values():
         if fnmatchcase(site.id, glob) and (node := nodes.get((site.entry, site.node))) is not None:
-            found |= {(site.entry, str(read.target)) for read in constant_sources(node)}
+            found |= {(site.entry, str(read.target)) for read in read_by(node)}
     return found
 
 
@@ -174,7 +170,7 @@ def made(program: Program, dense: Program, chosen: Iterable[Name], device: torch
     for entry, name in sorted(chosen):
         key = program.entries[entry].tensors[name]
         values = program.store[key]
-        by_tensor[key, name if bool((values == values.flatten()[0]).all()) else ""].append((entry, name))
+        by_tensor[key, name if bool((values == values.flatten()[:1]).all()) else ""].append((entry, name))
     found = []
     for (key, by_name), names in by_tensor.items():
         for entry, graph in program.entries.items():  # tied ones are trained with it, by whatever name they were chosen
@@ -255,11 +251,14 @@ class Training(Executor):
             return self.sources[node].value(wide=all(user.target is DEQUANTIZE for user in node.users))
         if node.target is DEQUANTIZE and node.args[0] in self.sources:
             return self._on_grid(node)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.constant)
+        args, kwargs = self._values((node.args, node.kwargs))
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _values(self, args: Any) -> Any:
+        return fx.map_arg(args, self.constant)
 
     def _on_grid(self, node: fx.Node) -> Tensor:
         """What `dequantize` computes, of codes that are floats."""
-        codes, *grid = fx.map_arg(node.args, self.constant)
+        codes, *grid = self._values(node.args)
         scale, zero, columns = _grid(*grid)
         return (codes - zero[:, columns]) * scale[:, columns]
