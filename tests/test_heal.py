@@ -281,6 +281,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert counting.left == from_file.left == 100 - 12
 
 
+def test_without_held_out_samples_the_last_step_is_kept_unless_it_ran_away() -> None:
+    dense = llama_program()
+    program = compressed(dense)
+    healed, done = heal(dense, program, Distill(steps=6, lr=0.01, batch=4, held_out=0.0, precision="bfloat16"))
+    assert done.kept == done.steps == 6 and not done.damages and damage(dense, healed) < damage(dense, program)
+    with pytest.raises(Refused, match="diverged"):
+        Distill(steps=3, lr=1e39, batch=4, held_out=0.0, warmup=0.0).heal(program.copy(), dense, context(dense))
+
+
 def test_no_gain_keeps_the_program_and_stops_early() -> None:
     dense = llama_program()
     program = compressed(dense)

@@ -45,10 +45,14 @@ class Course:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
+    def keep(self) -> None:
+        """The parameters as they are now are the ones to end with."""
+        self.kept, self.best = self.step, self._copies()
+
     def judge(self, damage: float) -> None:
         """Note the damage on held-out samples at this step; the parameters are kept if it is the least so far."""
         if not self.damages or damage < min(d for _, d in self.damages):
-            self.kept, self.best = self.step, self._copies()
+            self.keep()
         self.damages.append((self.step, damage))
 
     def stalled(self, patience: int) -> bool:

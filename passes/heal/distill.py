@@ -28,13 +28,13 @@ from torch import Tensor
 from lwcompile.context import Context
 from lwcompile.contract import Healing, HealPass
 from lwcompile.damage import DamageMeter
-from lwcompile.data import CalibrationSet
 from lwcompile.errors import Refused
 from lwcompile.executor import Executor
 from lwcompile.memory import give_back
 from lwcompile.passes.heal import _ranks as ranks
 from lwcompile.passes.heal._course import Course
 from lwcompile.passes.heal._ends import changed_tensors, common_ends, distance
+from lwcompile.passes.heal._samples import Samples
 from lwcompile.passes.heal._trained import Training, choose, made
 from lwcompile.program import Program
 
@@ -108,7 +108,7 @@ class Distill(HealPass):
                     run.advance()
                     task.advance()
                     give_back()
-        run.course.finish()
+        run.finish()
         for one in run.trained:
             result = one.result()
             for entry, name in one.names:
@@ -125,54 +125,35 @@ class _Run:
         self.rank, self.ranks = ranks.join(device)
         if given.accumulate % self.ranks:
             raise Refused(f"{given.accumulate} batches a step do not go evenly to {self.ranks} processes: set accumulate")
-        self.size = given.batch or (getattr(self.metric, "batch", ctx.batch_size) if self.metric.joint else ctx.batch_size)
-        self._split(ctx.need_calibration())
+        size = given.batch or (getattr(self.metric, "batch", ctx.batch_size) if self.metric.joint else ctx.batch_size)
+        least = 3 if self.metric.joint else 1
+        self.samples = Samples(ctx.need_calibration(), self.dense.inputs(), size, given.held_out, least, ctx.seed)
         structure = ctx.find_structure(dense)
         before = Executor(program, ctx.device)
         self.ends = common_ends(self.dense, before, structure)
-        few = dict(next(self.samples.batches(self.size, self.dense.inputs())))
+        few = self.samples.batch(0)
         chosen = choose(
             program, dense, given.words, structure, lambda: changed_tensors(self.dense, before, self.ends, few, program)
         )
         before.release()
+        if (given.hidden or given.tail) and not self.ends:
+            raise Refused("no end of a block is left in both programs to compare at: set hidden and tail to 0")
         if not chosen:
             raise Refused(f"there is nothing to train: {', '.join(given.words)} names no tensor of the compressed program")
         self.trained = made(program, dense, chosen, device)
         self.count = sum(one.parameter.numel() for one in self.trained)
         self.student = Training(program, self.trained, ctx.device)
-        parameters = [one.parameter for one in self.trained]
-        sizes = [one.size for one in self.trained]
+        parameters, sizes = zip(*((one.parameter, one.size) for one in self.trained))
         self.course = Course(parameters, sizes, given.lr, given.steps, given.warmup, given.clip)
-        fast = (
-            device.type == "cuda" and torch.cuda.is_bf16_supported()
-            if given.precision == "auto"
-            else given.precision == "bfloat16"
-        )
+        has_fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        fast = given.precision == "bfloat16" or (given.precision == "auto" and has_fast)
         self._fast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=fast)
-
-    def _split(self, given: CalibrationSet) -> None:
-        """Samples to train on and to hold back, drawn by seed, so that both come from everywhere in the text."""
-        least = 3 if self.metric.joint else 1
-        held = 0 if self.given.held_out == 0 else max(least, round(self.given.held_out * len(given)))
-        if len(given) - held < self.size:
-            raise Refused(f"{len(given)} samples are too few for a batch of {self.size} beside {held} held out: raise --samples")
-        order = torch.randperm(len(given), generator=torch.Generator().manual_seed(self.ctx.seed))
-        self.samples = given.rows(order[held:].sort().values)
-        self.held = given.rows(order[:held].sort().values) if held else None
-
-    def _batch(self, number: int) -> Batch:
-        """The batch of this number: the samples pass in an order drawn anew each time around, by seed."""
-        rows, n = [], len(self.samples)
-        for i in range(number * self.size, (number + 1) * self.size):
-            generator = torch.Generator().manual_seed(self.ctx.seed + 1 + i // n)
-            rows.append(int(torch.randperm(n, generator=generator)[i % n]))
-        return self.samples.rows(torch.tensor(rows)).inputs_for(self.dense.inputs())
 
     def advance(self) -> None:
         """One step; each rank takes its share of the batches."""
         given, course = self.given, self.course
         for i in range(self.rank, given.accumulate, self.ranks):
-            loss = self._loss(self._batch(course.step * given.accumulate + i)) / given.accumulate
+            loss = self._loss(self.samples.batch(course.step * given.accumulate + i)) / given.accumulate
             if not loss.requires_grad:
                 raise Refused(f"{self.metric!r} gives no gradient for what is trained: set output=0 and hidden or tail above it")
             loss.backward()
@@ -196,7 +177,7 @@ class _Run:
         apart = [distance(dense[key], found[key], batch) for key in watched]
         if given.hidden:
             terms.append(given.hidden * torch.stack(apart).mean())
-        if given.tail and apart:
+        if given.tail:
             terms.append(given.tail * apart[-1])
         return torch.stack([term.float() for term in terms]).sum()
 
@@ -208,18 +189,26 @@ class _Run:
 
     def check(self) -> bool:
         """Measure the held-out damage, and say whether it is time to stop."""
-        if self.held is None:
-            self.course.kept, self.course.best = self.course.step, [p.detach().clone() for p in self.course.parameters]
+        if self.samples.held is None:
+            self.course.keep()
             return False
         damage = self._damage() if self.rank == 0 else 0.0
         self.course.judge(ranks.told(damage, self.dense.device) if self.ranks > 1 else damage)
         return self.course.stalled(self.given.patience)
 
+    def finish(self) -> None:
+        """Leave what was kept in the parameters; `Refused` if the training ran away and nothing held it back."""
+        self.course.finish()
+        self.dense.release()
+        self.student.release()
+        if not all(torch.isfinite(p).all() for p in self.course.parameters):
+            raise Refused("the training diverged: lower lr, or hold samples back")
+
     @torch.no_grad()
     def _damage(self) -> float:
-        assert self.held is not None
+        assert self.samples.held is not None
         meter = DamageMeter(self.metric, self.ctx.seed)
-        for batch in self.held.batches(self.ctx.batch_size, self.dense.inputs()):
+        for batch in self.samples.held.batches(self.ctx.batch_size, self.dense.inputs()):
             with self._fast():
                 dense, found = self.dense.run(batch), self.student.run(batch)
             meter.update(dense, found, batch)
