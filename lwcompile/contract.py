@@ -1,4 +1,4 @@
-"""The pass contract: what an analysis, a transform, a solver, an allocator, a healer and a backend are.
+"""The pass contract: what an analysis, a transform, a solver, an allocator, a healer, a backend and a codegen are.
 
 A pass is a frozen dataclass. Its fields are its options, validated in `__post_init__`; `name` is what recipes and plans call
 it. `spec()` writes a pass as one line and `configure` reads it back, so YAML, command line and Python say the same thing.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -338,4 +338,36 @@ class Backend(Pass):
 
     def lower(self, program: Program, path: Path, ctx: Context) -> Parity:
         """Write the files, `path` the main one; run them; return the parity. A failure leaves no file."""
+        raise NotImplementedError
+
+
+# --- code in this process
+
+
+@dataclass(frozen=True)
+class Codegen(Pass):
+    """Makes a graph into something to call in this process: what a compiler front end ends with.
+
+    Class attributes:
+        automatic: where several can take a graph and none was named, the one with the largest number does; 0: only by name.
+    """
+
+    automatic: ClassVar[int] = 0
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run on this machine, as a sentence; None if it can."""
+        return None
+
+    def unsupported(self, graph: ModelGraph) -> list[str]:
+        """Why this graph cannot be taken, one sentence a reason; empty if it can."""
+        return []
+
+    def compile(
+        self, graph: ModelGraph, examples: Sequence[Tensor], writes: Mapping[str, str]
+    ) -> Callable[[Sequence[Tensor]], Sequence[Any]]:
+        """A function from the inputs, in the graph's order, to its outputs, in order.
+
+        examples: one tensor an input, fake or real, whose sizes hold symbols where they may change.
+        writes: output -> the input whose memory takes that output's value, beside its being returned.
+        """
         raise NotImplementedError

@@ -16,8 +16,8 @@ from lwcompile.contract import Pass, configure
 from lwcompile.errors import BadPlan, LwError, PluginError
 from lwcompile.spec import Spec
 
-Group = Literal["passes", "allocators", "solvers", "backends", "metrics"]
-GROUPS: tuple[Group, ...] = ("passes", "allocators", "solvers", "backends", "metrics")
+Group = Literal["passes", "allocators", "solvers", "backends", "codegens", "metrics"]
+GROUPS: tuple[Group, ...] = ("passes", "allocators", "solvers", "backends", "codegens", "metrics")
 
 
 @dataclass(frozen=True)
@@ -104,4 +104,4 @@ def providers(key: str) -> list[str]:
 
 
 def _singular(group: Group) -> str:
-    return {"passes": "pass", "allocators": "allocator", "solvers": "solver", "backends": "backend", "metrics": "metric"}[group]
+    return {"passes": "pass"}.get(group, group.removesuffix("s"))

@@ -7,6 +7,7 @@ with torch choosing which stay free; the ones that did not are named in a remark
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,9 @@ from lwcompile.graph import Input, ModelGraph
 from lwcompile.store import ParameterStore
 
 Dynamic = Mapping[str, Mapping[int, str]]
+
+_ROOT = re.compile(r"^L\['[^']*'\]\.?")
+"""How dynamo writes the module that it was called with."""
 
 
 def capture_module(
@@ -108,12 +112,12 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
         if node.op in ("placeholder", "output"):
             continue
         overload = isinstance(node.target, torch._ops.OpOverload)
-        if node.op != "call_function" or (overload and node.target._schema.is_mutable) or _is_higher_order(node):
+        if node.op != "call_function" or (overload and node.target._schema.is_mutable) or is_higher_order(node):
             return exported.run_decompositions({})
     return exported
 
 
-def _is_higher_order(node: fx.Node) -> bool:
+def is_higher_order(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
@@ -129,7 +133,7 @@ def from_exported(exported: ExportedProgram, store: ParameterStore, dynamic: Dyn
                 values[node] = node.meta.get("val")
                 continue
             values[node] = graph.create_node("placeholder", node.name, name=node.name)
-            inputs.append(_input(node, dynamic or {}))
+            inputs.append(describe_input(node, dynamic or {}))
         elif node.op == "placeholder":
             target = specs[node.name].target
             if target is None or not isinstance(tensor := _stored(exported, target), Tensor):
@@ -143,10 +147,10 @@ def from_exported(exported: ExportedProgram, store: ParameterStore, dynamic: Dyn
             values[node] = graph.create_node("get_attr", str(node.target))
             tensors[str(node.target)] = store.put(tensor)
         else:
-            if _is_higher_order(node):
+            if is_higher_order(node):
                 raise Refused(f"the trace holds control flow ({node.target}), which is not rewritten yet")
             copied = graph.node_copy(node, values.__getitem__)
-            copied.meta = {"path": path} if (path := _module_path(node)) else {}
+            copied.meta = {"path": path} if (path := module_path(node)) else {}
             values[node] = copied
     returned = [s.arg.name for s in exported.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
     by_name = {n.name: n for n in source.nodes}
@@ -164,7 +168,7 @@ def _stored(exported: ExportedProgram, target: str) -> Any:
     return exported.constants.get(target)
 
 
-def _input(node: fx.Node, dynamic: Dynamic) -> Input:
+def describe_input(node: fx.Node, dynamic: Dynamic) -> Input:
     """The example's sizes; a dimension is free where the trace kept a symbol for it. A symbol may have become a number."""
     value = node.meta["val"]
     sizes = tuple(int(s.node.hint) if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
@@ -174,13 +178,12 @@ def _input(node: fx.Node, dynamic: Dynamic) -> Input:
     return Input(node.name, sizes, value.dtype, free)
 
 
-def _module_path(node: fx.Node) -> str:
+def module_path(node: fx.Node) -> str:
     """The innermost module a node was traced in, from any of the tracers' dialects of `nn_module_stack`."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = list(stack.values())[-1][0]
-    return path.removeprefix("L['self'].").removeprefix("L['self']")
+    return _ROOT.sub("", list(stack.values())[-1][0])
 
 
 def _output_names(exported: ExportedProgram, count: int) -> list[str]:

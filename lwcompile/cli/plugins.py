@@ -31,8 +31,8 @@ def passes(
 def backends(
     name: Annotated[str | None, typer.Argument(help="Show this one's documentation and options.")] = None, json: Json = False
 ) -> None:
-    """List backends, or describe one."""
-    _show_plugins(("backends",), name, json)
+    """List backends and codegens, or describe one."""
+    _show_plugins(("backends", "codegens"), name, json)
 
 
 def _show_plugins(groups: tuple[str, ...], name: str | None, as_json: bool) -> None:

@@ -1,0 +1,205 @@
+"""`torch.compile(model, backend="layerwise", options={...})`.
+
+    dynamo's graph -> ModelGraph with frozen parameters -> exact rewrites -> a plan's options -> code
+
+Without options only rewrites that keep the function are made; the result is compared with dynamo's graph on the first inputs.
+Options:
+
+    plan      a folder that `lwcompile compress` wrote (its packed weights are used), a result of `lw.compress`, or a plan or its
+              file, whose solvers must do without samples
+    recipe    a recipe (name, file, or `Recipe`): its exact passes are run
+    codegen   what makes the code, by name; "auto" takes the best that can
+
+What is not for us (training, autocast, other devices, parts of a model that a plan cannot be found in) is compiled by Inductor as
+it stands, and a warning says so once. Weights are part of the code: one that is replaced or written in place afterwards is
+noticed at the next call, which then compiles the graph with its weights as inputs; under a plan, it raises.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lwcompile.backends.dynamo.capture import Captured, capture
+from lwcompile.backends.dynamo.options import Options
+from lwcompile.backends.dynamo.plan import apply
+from lwcompile.backends.inductor.codegen import missing_compiler
+from lwcompile.context import Context
+from lwcompile.contract import Codegen, TransformPass
+from lwcompile.errors import BadInput, BadPlan, LwError, Refused, VerificationError
+from lwcompile.graph import ModelGraph
+from lwcompile.manager import EXACT_TOLERANCE, Manager, relative_error
+from lwcompile.program import Program
+from lwcompile.registry import make, plugins
+from lwcompile.structure import find_structure
+
+log = logging.getLogger("lwcompile")
+_said: set[str] = set()
+
+HALF_TOLERANCE = 0.05
+"""Relative to the largest output, in 16-bit types, where the same function rounds elsewhere."""
+
+
+def layerwise(
+    module: fx.GraphModule, arguments: Sequence[Any], *, options: Mapping[str, Any] | None = None, **unknown: Any
+) -> Callable[..., Any]:
+    """What dynamo calls for each graph; see the module's text for `options`."""
+    if unknown:
+        raise BadInput(f"the backend takes options={{...}} and no {', '.join(unknown)}")
+    chosen = Options.of(options or {})
+    if not any(isinstance(value, Tensor) and node.users for node, value in _placeholders(module, arguments)):
+        return module.forward
+    try:
+        if reason := _not_for_us(module, arguments):
+            raise Refused(reason)
+        return Compiled(module, arguments, chosen)
+    except Refused as refusal:
+        lost = "" if chosen.plan is None else ", without the plan"
+        return _as_it_stands(module, arguments, f"a graph is compiled as it stands{lost}: {refusal}")
+
+
+def _placeholders(module: fx.GraphModule, arguments: Sequence[Any]) -> list[tuple[fx.Node, Any]]:
+    return list(zip(module.graph.find_nodes(op="placeholder"), arguments))
+
+
+def _not_for_us(module: fx.GraphModule, arguments: Sequence[Any]) -> str | None:
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        return "gradients are on; run it under torch.no_grad() to have it rewritten"
+    if torch._C._is_any_autocast_enabled() or any("autocast" in str(n.target) for n in module.graph.nodes):
+        return "autocast chooses types as the graph runs"
+    return None
+
+
+def _as_it_stands(module: fx.GraphModule, arguments: Sequence[Any], remark: str) -> Callable[..., Any]:
+    _warn(remark)
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(_plain())(module, list(arguments))
+
+
+def _plain() -> str:
+    """torch's own backend for what is compiled as it stands."""
+    return "inductor" if missing_compiler() is None else "eager"
+
+
+def _warn(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        log.warning("%s", text)
+
+
+class Compiled:
+    """The code of one graph, for dynamo to call with its arguments."""
+
+    def __init__(self, module: fx.GraphModule, arguments: Sequence[Any], chosen: Options) -> None:
+        self.module = copy.deepcopy(module)  # editing dynamo's own breaks its calls
+        self.lossy = chosen.plan is not None
+        try:
+            captured = capture(module, arguments)
+        except LwError:
+            raise
+        except Exception as error:
+            raise Refused(f"it cannot be traced again ({type(error).__name__}: {_first_line(error)})") from error
+        _compare(self.module, arguments, captured)
+        graph = _rewritten(captured, chosen)
+        codegen = _codegen(chosen.codegen, graph)
+        self.run = codegen.compile(graph, captured.examples, captured.writes)
+        self.inputs, self.results = captured.inputs, captured.results
+        self.frozen = [(i, arguments[i], arguments[i]._version, arguments[i].data_ptr()) for i in captured.frozen]
+        self.unfrozen: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.unfrozen is None:
+            for i, tensor, version, place in self.frozen:
+                given = arguments[i]
+                if given is not tensor or given._version != version or given.data_ptr() != place:
+                    self._thaw()
+                    break
+        if self.unfrozen is not None:
+            return self.unfrozen(*arguments)
+        made = self.run([arguments[i] for i in self.inputs])
+        return tuple(
+            made[at] if kind == "output" else arguments[at] if kind == "argument" else at for kind, at in self.results
+        )
+
+    def _thaw(self) -> None:
+        if self.lossy:
+            raise VerificationError(
+                "a weight was changed after the model was compiled, and the plan's weights were made from the old one; "
+                "compress the model again, then call torch._dynamo.reset() and compile it"
+            )
+        _warn(
+            "a weight was changed after the model was compiled: from here on weights are inputs of the code, which is slower; "
+            "call torch._dynamo.reset() to have the new ones compiled in"
+        )
+        self.frozen = []
+        self.unfrozen = torch.compile(self.module, backend=_plain())
+
+
+def _compare(module: fx.GraphModule, arguments: Sequence[Any], captured: Captured) -> None:
+    """Raise `Refused` if the canonical graph computes something else than dynamo's on the first arguments."""
+    mine, theirs = _cloned(arguments, captured.frozen), _cloned(arguments, captured.frozen)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wanted = list(module(*theirs))
+        torch.manual_seed(0)
+        made = captured.graph.module()(*[mine[i] for i in captured.inputs])
+    positions = {i.name: at for i, at in zip(captured.graph.inputs, captured.inputs)}
+    pairs = [(made[captured.graph.outputs.index(o)], theirs[positions[i]]) for o, i in captured.writes.items()]
+    pairs += [(made[at], value) for (kind, at), value in zip(captured.results, wanted) if kind == "output"]
+    for found, value in pairs:
+        if not isinstance(value, Tensor):
+            continue
+        allowed = EXACT_TOLERANCE if value.dtype in (torch.float32, torch.float64) else HALF_TOLERANCE
+        if (error := relative_error(value, found)) > allowed:
+            raise Refused(f"rewritten, it differs by {error:.2g} relative to its largest value on these inputs")
+
+
+def _cloned(arguments: Sequence[Any], frozen: Mapping[int, Tensor]) -> list[Any]:
+    """The arguments for a trial run, which may write into them; sizes as numbers."""
+    sizes = [a.node.hint if isinstance(a, torch.SymInt) else a for a in arguments]
+    return [a.clone() if isinstance(a, Tensor) and i not in frozen else a for i, a in enumerate(sizes)]
+
+
+def _rewritten(captured: Captured, chosen: Options) -> ModelGraph:
+    """The graph after the recipe's exact passes and the plan; dynamo's names for things do not reach it."""
+    program = Program({"forward": captured.graph}, captured.graph.store)
+    if chosen.recipe is not None:
+        for spec in chosen.recipe.passes:
+            transform: TransformPass = make("passes", spec)
+            if not transform.exact:
+                raise BadPlan(f"{chosen.recipe.where('passes')}: {spec} changes the function; a plan can, and a recipe here cannot")
+            structure = find_structure(program)
+            ctx = Context(structure=structure, program=program, seed=chosen.recipe.seed)
+            Manager(ctx).transform(program, [(site, transform) for site in transform.sites(structure.sites.values())])
+    if chosen.plan is not None:
+        program, remarks = apply(chosen.plan, program)
+        for remark in remarks:
+            if remark.kind == "refused":
+                _warn(f"{remark.by} at {remark.site} was refused: {remark.text}")
+    return program.main
+
+
+def _codegen(name: str, graph: ModelGraph) -> Codegen:
+    """The codegen of this name, or with "auto" the best that takes the graph."""
+    if name != "auto":
+        chosen: Codegen = make("codegens", name)
+        reasons = [chosen.unavailable()] if chosen.unavailable() else chosen.unsupported(graph)
+        if reasons:
+            raise BadInput(f"the codegen {name} cannot be used: {'; '.join(map(str, reasons))}")
+        return chosen
+    found = [made for p in plugins("codegens") if (made := make("codegens", p.name)).automatic]
+    for candidate in sorted(found, key=lambda c: -c.automatic):
+        if candidate.unavailable() is None and not candidate.unsupported(graph):
+            return candidate
+    raise Refused("no codegen takes this graph")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else "no reason given"

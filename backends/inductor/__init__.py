@@ -1,0 +1,1 @@
+"""Code by torch itself: Inductor, and the graph as it stands."""
