@@ -111,6 +111,7 @@ class Compiled:
         self.run = codegen.compile(graph, captured.examples, captured.writes)
         self.inputs, self.results = captured.inputs, captured.results
         self.frozen = [(i, arguments[i], arguments[i]._version, arguments[i].data_ptr()) for i in captured.frozen]
+        self.numbers = list(captured.numbers.items())
         self.unfrozen: Callable[..., Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
@@ -118,8 +119,10 @@ class Compiled:
             for i, tensor, version, place in self.frozen:
                 given = arguments[i]
                 if given is not tensor or given._version != version or given.data_ptr() != place:
-                    self._thaw()
+                    self._thaw("a weight")
                     break
+            if any(arguments[i].item() != number for i, number in self.numbers):
+                self._thaw("a number that the model reads")
         if self.unfrozen is not None:
             return self.unfrozen(*arguments)
         made = self.run([arguments[i] for i in self.inputs])
@@ -127,17 +130,17 @@ class Compiled:
             made[at] if kind == "output" else arguments[at] if kind == "argument" else at for kind, at in self.results
         )
 
-    def _thaw(self) -> None:
+    def _thaw(self, what: str) -> None:
         if self.lossy:
             raise VerificationError(
-                "a weight was changed after the model was compiled, and the plan's weights were made from the old one; "
-                "compress the model again, then call torch._dynamo.reset() and compile it"
+                f"{what} was changed after the model was compiled under a plan; compress the model again if it was a weight, then "
+                "call torch._dynamo.reset() and compile"
             )
         _warn(
-            "a weight was changed after the model was compiled: from here on weights are inputs of the code, which is slower; "
+            f"{what} was changed after the model was compiled: from here on weights are inputs of the code, which is slower; "
             "call torch._dynamo.reset() to have the new ones compiled in"
         )
-        self.frozen = []
+        self.frozen, self.numbers = [], []
         self.unfrozen = torch.compile(self.module, backend=_plain())
 
 

@@ -33,6 +33,7 @@ class Captured:
 
     Attributes:
         frozen: position of an argument -> the tensor that the graph stores.
+        numbers: position of an argument -> the Python number that it carries, which the graph takes as constant.
         inputs: the argument of each graph input; `examples` are dynamo's fake tensors for them.
         writes: output -> input that takes its value.
         results: for each result, the position of a graph output; or `argument` or `constant` with what it is.
@@ -42,6 +43,7 @@ class Captured:
     frozen: dict[int, Tensor]
     inputs: list[int]
     examples: list[Tensor]
+    numbers: dict[int, float] = field(default_factory=dict)
     writes: dict[str, str] = field(default_factory=dict)
     results: list[tuple[str, Any]] = field(default_factory=list)
 
@@ -56,12 +58,14 @@ def capture(module: fx.GraphModule, arguments: Sequence[Any]) -> Captured:
     from torch._guards import TracingContext, tracing
 
     placeholders = module.graph.find_nodes(op="placeholder")
-    fakes = [node.meta["example_value"] for node in placeholders]
+    fakes = _specialised([node.meta["example_value"] for node in placeholders])
     if devices := {v.device.type for v in fakes if isinstance(v, Tensor)} - {"cpu"}:
         raise Refused(f"the graph runs on {', '.join(sorted(devices))}, and rewriting is for the processor so far")
     context = TracingContext.try_get()
+    given = copy.deepcopy(module)
+    numbers = _fix_numbers(given, arguments)
     with tracing(TracingContext(context.fake_mode if context is not None else None)):
-        traced, signature = aot_export_module(copy.deepcopy(module), fakes, trace_joint=False, pre_dispatch=True)
+        traced, signature = aot_export_module(given, fakes, trace_joint=False, pre_dispatch=True)
     writes = {output: _position(traced, target) for output, target in signature.user_inputs_to_mutate.items()}
     frozen = {
         i: value
@@ -72,7 +76,33 @@ def capture(module: fx.GraphModule, arguments: Sequence[Any]) -> Captured:
     shared = _sharing(made.graph)
     canonicalize(made.graph)
     _keep_apart(made.graph, shared)
+    made.numbers = numbers
     return made
+
+
+def _specialised(fakes: Sequence[Any]) -> list[Any]:
+    """Fix the numbers that are no tensor's size: dynamo then compiles another graph for another number."""
+    sizes = {str(s.node.expr) for v in fakes if isinstance(v, Tensor) for s in v.shape if isinstance(s, torch.SymInt)}
+    return [int(v) if isinstance(v, torch.SymInt) and str(v.node.expr) not in sizes else v for v in fakes]
+
+
+def _fix_numbers(module: fx.GraphModule, arguments: Sequence[Any]) -> dict[int, float]:
+    """Replace what is read of numbers that dynamo carries in tensors, as a module's own float under dynamic shapes."""
+    found: dict[int, float] = {}
+    for i, (node, value) in enumerate(zip(module.graph.find_nodes(op="placeholder"), arguments)):
+        reads = list(node.users)
+        if isinstance(value, Tensor) and value.dim() == 0 and reads and all(n.target == "item" for n in reads):
+            found[i] = value.item()
+            for read in reads:
+                _put_number(module, read, found[i])
+    module.recompile()
+    return found
+
+
+def _put_number(module: fx.GraphModule, read: fx.Node, value: float) -> None:
+    for user in list(read.users):
+        user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: value if n is read else n)
+    module.graph.erase_node(read)
 
 
 def _position(traced: Any, name: str) -> int:
@@ -142,13 +172,10 @@ class _Builder:
                         sizes.setdefault(str(size.node.expr), (self.values[node], dim))
         for i, node in enumerate(given):
             value = self.fakes[i]
-            if isinstance(value, Tensor):
-                continue
-            if not isinstance(value, torch.SymInt) or str(value.node.expr) not in sizes:
-                if node.users:
-                    raise Refused(f"the graph takes {_source(self.placeholders[i]) or node.name}, a number and no tensor's size")
-                continue
-            self.values[node] = self.graph.call_function(aten.sym_size.int, sizes[str(value.node.expr)])
+            if isinstance(value, torch.SymInt):
+                self.values[node] = self.graph.call_function(aten.sym_size.int, sizes[str(value.node.expr)])
+            elif not isinstance(value, Tensor):
+                self.values[node] = value
 
     def _input(self, i: int, value: Tensor) -> fx.Node:
         name = re.sub(r"\W+", "_", _name(self.placeholders[i]))
@@ -194,7 +221,8 @@ class _Builder:
         made.prune()
         by_position = dict(zip(self.positions, (i.name for i in self.inputs)))
         taken = {name: by_position[i] for name, i in zip(outputs, writes.values())}
-        return Captured(made, self.frozen, self.positions, [self.fakes[i] for i in self.positions], taken, results)
+        examples = [self.fakes[i] for i in self.positions]
+        return Captured(made, self.frozen, self.positions, examples, writes=taken, results=results)
 
 
 # --- memory that outputs share
