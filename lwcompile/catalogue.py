@@ -19,7 +19,10 @@ KINDS = {
     "solver": ("Solvers", "Find the codes and scales of a numeric format for one weight. Named by `quantize{solver=...}`."),
     "allocator": ("Allocators", "Choose an option for every site under a budget. Named by `allocator:` in a recipe."),
     "backend": ("Backends", "Price tensors, write files, and prove that they compute what the graph does."),
-    "codegen": ("Codegens", "Make a graph into something to call in this process. Named by `torch.compile(options={\"codegen\": ...})`."),
+    "codegen": (
+        "Codegens",
+        'Make a graph into something to call in this process. Named by `torch.compile(options={"codegen": ...})`.',
+    ),
     "metric": ("Metrics", "The unit that damage is counted in. Named by `metric:` in a recipe, or `--metric`."),
 }
 

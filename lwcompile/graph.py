@@ -20,8 +20,8 @@ import xxhash
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lwcompile import ops  # noqa: F401  (registers the dequantizing operators before any graph is read)
 from lwcompile.errors import VerificationError
+from lwcompile.ops import is_unpacking
 from lwcompile.serialize import graph_from_json, graph_to_json, torch_value
 from lwcompile.store import ParameterStore
 
@@ -105,8 +105,8 @@ class ModelGraph:
 
     @staticmethod
     def _unpacks(node: fx.Node) -> bool:
-        """Whether an operator of ours makes a weight from stored tensors alone."""
-        return getattr(node.target, "namespace", "") == "lwcompile" and all(s.op == "get_attr" for s in node.all_input_nodes)
+        """Whether an operator makes a weight from packed tensors that are stored."""
+        return is_unpacking(node.target) and all(s.op == "get_attr" for s in node.all_input_nodes)
 
     # --- editing
 
@@ -161,7 +161,7 @@ class ModelGraph:
         return fx.GraphModule(root, nodes)  # type: ignore[arg-type]
 
     def folded(self) -> ModelGraph:
-        """A copy in which operators of ours that read only stored tensors are replaced by their float32 results."""
+        """A copy in which calls that unpack stored weights are replaced by their results."""
         folded = self.copy()
         folded.store = OverlayStore(self.store)
         for node in folded.nodes:

@@ -2,8 +2,23 @@
 
 `lwcompile::dequantize` turns packed codes into a float32 weight, so that a quantized linear is
 `aten.linear(x, lwcompile::dequantize(codes, scale, zero, ...), bias)` and an embedding is
+<<<<<<< HEAD
 `aten.embedding(lwcompile::dequantize(...), ids)`. Import this module before loading a program that holds it. It has gradients
 for scales and float zero points, which healing trains.
+=======
+`aten.embedding(lwcompile::dequantize(...), ids)`. Being a torch operator, with a kernel that runs on every device and a fake one, it passes through torch.export, `.pt2` files,
+torch.compile and this package's own program files as one call.
+
+Where others plug in:
+
+    a device    a faster kernel for it: `lwcompile.ops.dequantize.register_kernel("cuda")(function)`, same arguments
+    a format    an operator of your own, `torch.library.custom_op("acme::decode", mutates_args=())` with a fake, announced
+                with `unpacks(torch.ops.acme.decode.default)`; the entry point group `lwcompile.operators` names the module
+                that does so by its namespace (`acme = "acme_codes.ops"`), and a saved program that calls it then finds it
+
+What is announced counts as packed storage: a graph that calls it is of level `quantized`, and where a runtime has no kernel for
+packed weights, the call is replaced by its value, once.
+>>>>>>> bf9316b (Operators of plugins count as packed storage; onnxruntime as a codegen; plans under torch.compile)
 """
 
 from __future__ import annotations
@@ -13,11 +28,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 
 from lwcompile.formats import row_chunks, to_weights_, unpack_bits
 from lwcompile.linear_attention import absorb_keys, hybrid_attention
 
 __all__ = ["absorb_keys", "dequantize", "hybrid_attention"]
+
+_UNPACKING: set[OpOverload] = set()
+
+
+def unpacks(operator: OpOverload) -> OpOverload:
+    """Announce an operator that makes a dense weight of packed tensors, reading nothing else."""
+    _UNPACKING.add(operator)
+    return operator
+
+
+def is_unpacking(target: object) -> bool:
+    """Whether a call's target is such an operator."""
+    return target in _UNPACKING
 
 
 @torch.library.custom_op("lwcompile::dequantize", mutates_args=())
@@ -47,6 +76,7 @@ def _(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: 
     return torch.empty((scale.shape[0], in_features), dtype=torch.float32, device=codes.device)
 
 
+<<<<<<< HEAD
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     codes, scale, zero, *sizes = inputs
     ctx.save_for_backward(codes, scale, zero)
@@ -72,3 +102,6 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 dequantize.register_autograd(_gradients, setup_context=_save)
+=======
+unpacks(torch.ops.lwcompile.dequantize.default)
+>>>>>>> bf9316b (Operators of plugins count as packed storage; onnxruntime as a codegen; plans under torch.compile)

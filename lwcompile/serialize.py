@@ -10,6 +10,8 @@ import builtins
 import math
 import operator
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -70,6 +72,7 @@ def resolve_target(name: str) -> Callable[..., Any]:
     if len(parts) != 3:
         raise BadInput(f"the program calls {name!r}, which this version does not know")
     namespace, operation, overload = parts
+    _register(namespace)
     try:
         target = getattr(getattr(getattr(torch.ops, namespace), operation), overload)
     except (AttributeError, RuntimeError) as error:
@@ -77,6 +80,13 @@ def resolve_target(name: str) -> Callable[..., Any]:
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable or operation in _TOUCHES_FILES:
         raise BadInput(f"the program calls {name!r}, which is no operator that computes values from values")
     return target
+
+
+@cache
+def _register(namespace: str) -> None:
+    """Import what an installed plugin registers its operators with: see `lwcompile.ops`."""
+    for point in entry_points(group="lwcompile.operators", name=namespace):
+        point.load()
 
 
 def encode(value: Any) -> Any:

@@ -21,6 +21,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "scores of one sample",
     ),
     "edit_a_plan.py": ("block1.mlp: drop", "as planned:", "as edited:", "refused: plan.yaml:", "is not offered quantize{bits=7"),
+    "torch_compile.py": ("exact:", "under a plan:", "from the compressed program", "after a weight has changed:"),
     "own_pass.py": (
         "annotations: 13 in all",
         "the sharpest weight is",

@@ -109,9 +109,10 @@ def test_large_weights_are_worked_on_in_pieces():
 
 
 @pytest.mark.parametrize("zero_point", ["none", "integer", "float"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_operator_passes_opcheck(bits, zero_point):
-    quantized = random_tensor(NumericFormat(bits, 16, zero_point), (4, 40), bits)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize(("shape", "group_size"), [((4, 40), 16), ((3, 37), 8), ((1, 5), None)])
+def test_the_operator_passes_opcheck(bits, zero_point, shape, group_size):
+    quantized = random_tensor(NumericFormat(bits, group_size, zero_point), shape, bits)
     checks = torch.library.opcheck(torch.ops.lwcompile.dequantize, operator(quantized))
     assert set(checks.values()) == {"SUCCESS"}
 
@@ -139,6 +140,24 @@ def test_the_operator_survives_export_and_a_pt2_file():
     torch.testing.assert_close(loaded(x), x @ quantized.dequantize().T)
     targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert torch.ops.lwcompile.dequantize.default in targets
+
+
+def test_the_operator_is_one_call_in_a_compiled_graph():
+    """aot_eager traces as Inductor does, with fake tensors and symbolic sizes, and needs no compiler."""
+    quantized, seen = random_tensor(NumericFormat(5, 8), (6, 37), 1), []
+
+    def look(module, arguments):
+        seen.extend(n.target for n in module.graph.nodes if n.op == "call_function")
+        return module.forward
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiled = torch.compile(Quantized(quantized), backend=aot_autograd(fw_compiler=look), dynamic=True)
+    for rows in (2, 5):
+        x = torch.randn(rows, 37)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), x @ quantized.dequantize().T)
+    assert seen.count(torch.ops.lwcompile.dequantize.default) == 1
 
 
 @given(format=FORMATS, shape=SHAPES, seed=st.integers(0, 1000))

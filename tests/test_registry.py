@@ -156,3 +156,49 @@ def test_one_name_in_two_groups_is_no_clash(install) -> None:
     install("acme", {"rtn": "Found"}, GOOD)
     assert load("passes", "rtn").name == "found"
     assert load("solvers", "rtn").name == "rtn"
+
+
+def test_a_plugin_s_operator_counts_as_packed_storage(install):
+    """Its module is found by the namespace of a saved graph; the graph is `quantized`, and folds to a dense one."""
+    install(
+        "acme-codes",
+        {"acme": "decode"},
+        """
+import torch
+from lwcompile.ops import unpacks
+
+@torch.library.custom_op("acme::decode", mutates_args=())
+def decode(codes: torch.Tensor, step: float) -> torch.Tensor:
+    return codes.float() * step
+
+@decode.register_fake
+def _(codes, step):
+    return torch.empty(codes.shape)
+
+unpacks(torch.ops.acme.decode.default)
+""",
+        "lwcompile.operators",
+    )
+    import torch
+
+    from lwcompile.graph import ModelGraph
+    from lwcompile.store import ParameterStore
+
+    codes = torch.randint(-8, 8, (6, 5), dtype=torch.int8)
+    store = ParameterStore()
+    data = {
+        "inputs": [{"name": "x", "shape": [2, 5], "dtype": "float32", "dynamic": {}}],
+        "outputs": ["y"],
+        "nodes": [
+            {"name": "x", "op": "placeholder", "target": "x"},
+            {"name": "codes", "op": "get_attr", "target": "codes"},
+            {"name": "w", "op": "call_function", "target": "acme.decode.default", "args": [{"node": "codes"}, 0.5]},
+            {"name": "y", "op": "call_function", "target": "aten.linear.default", "args": [{"node": "x"}, {"node": "w"}]},
+            {"name": "output", "op": "output", "target": "output", "args": [[{"node": "y"}]]},
+        ],
+        "tensors": {"codes": store.put(codes)},
+    }
+    graph, x = ModelGraph.from_json(data, store), torch.randn(2, 5)
+    assert graph.level() == "quantized" and graph.folded().level() == "captured"
+    for dense in (False, True):
+        torch.testing.assert_close(graph.module(dense=dense)(x)[0], x @ (codes * 0.5).T)

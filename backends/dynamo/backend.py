@@ -126,9 +126,7 @@ class Compiled:
         if self.unfrozen is not None:
             return self.unfrozen(*arguments)
         made = self.run([arguments[i] for i in self.inputs])
-        return tuple(
-            made[at] if kind == "output" else arguments[at] if kind == "argument" else at for kind, at in self.results
-        )
+        return tuple(made[at] if kind == "output" else arguments[at] if kind == "argument" else at for kind, at in self.results)
 
     def _thaw(self, what: str) -> None:
         if self.lossy:
@@ -176,7 +174,9 @@ def _rewritten(captured: Captured, chosen: Options) -> ModelGraph:
         for spec in chosen.recipe.passes:
             transform: TransformPass = make("passes", spec)
             if not transform.exact:
-                raise BadPlan(f"{chosen.recipe.where('passes')}: {spec} changes the function; a plan can, and a recipe here cannot")
+                raise BadPlan(
+                    f"{chosen.recipe.where('passes')}: {spec} changes the function; a plan can, and a recipe here cannot"
+                )
             structure = find_structure(program)
             ctx = Context(structure=structure, program=program, seed=chosen.recipe.seed)
             Manager(ctx).transform(program, [(site, transform) for site in transform.sites(structure.sites.values())])

@@ -31,7 +31,9 @@ class Options:
     def of(cls, given: Mapping[str, Any]) -> Options:
         for key in given:
             if key not in KNOWN:
-                raise BadInput(f"torch.compile's option {key!r} is unknown{suggest(key, list(KNOWN))}; there are {', '.join(KNOWN)}")
+                raise BadInput(
+                    f"torch.compile's option {key!r} is unknown{suggest(key, list(KNOWN))}; there are {', '.join(KNOWN)}"
+                )
         codegen = given.get("codegen", "auto")
         if not isinstance(codegen, str):
             raise BadInput(f"the option codegen wants a name, and got {codegen!r}")

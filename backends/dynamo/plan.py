@@ -58,9 +58,7 @@ def apply(given: Given, program: Program) -> tuple[Program, list[Remark]]:
                 f"{error} Here there are none: name the folder that `lwcompile compress` wrote, which holds the solved weights, "
                 "or a solver that does without samples"
             ) from error
-    structural = {
-        id: tuple(s for s in options if make("passes", s).structural) for id, options in choices.items()
-    }
+    structural = {id: tuple(s for s in options if make("passes", s).structural) for id, options in choices.items()}
     compressed = apply_plan(program, {id: options for id, options in structural.items() if options}, structure, ctx)
     _transplant(given.program.main, compressed.main)
     return compressed, ctx.remarks

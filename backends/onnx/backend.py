@@ -105,7 +105,7 @@ class Onnx(Backend):
         with Draft(path.parent) as draft:
             for name, graph in entries.items():
                 prefix = f"{name}." if len(entries) > 1 else ""
-                model, names = self._model(graph, program.name), file_inputs(graph, name)
+                model, names = self.model(graph, program.name), file_inputs(graph, name)
                 for value in model.graph.inputs:
                     value.name = names[str(value.name)]
                 written = draft.write(file_name(path, name), model, external=self.external_data)
@@ -123,7 +123,7 @@ class Onnx(Backend):
             draft.commit()
         return Parity(found, self.tolerance, _note(rounding))
 
-    def _model(self, graph: ModelGraph, name: str) -> ir.Model:
+    def model(self, graph: ModelGraph, name: str) -> ir.Model:
         lowering = Lowering(graph, self.accuracy_level)
         body = lowering.run(name or "model")
         functions = list(lowering.b.functions.values())
