@@ -2,12 +2,9 @@
 
 `lwcompile::dequantize` turns packed codes into a float32 weight, so that a quantized linear is
 `aten.linear(x, lwcompile::dequantize(codes, scale, zero, ...), bias)` and an embedding is
-<<<<<<< HEAD
-`aten.embedding(lwcompile::dequantize(...), ids)`. Import this module before loading a program that holds it. It has gradients
-for scales and float zero points, which healing trains.
-=======
-`aten.embedding(lwcompile::dequantize(...), ids)`. Being a torch operator, with a kernel that runs on every device and a fake one, it passes through torch.export, `.pt2` files,
-torch.compile and this package's own program files as one call.
+`aten.embedding(lwcompile::dequantize(...), ids)`. Being a torch operator, with a kernel that runs on every device and a fake one,
+it passes through torch.export, `.pt2` files, torch.compile and this package's own program files as one call. It has gradients for
+scales and float zero points, which healing trains.
 
 Where others plug in:
 
@@ -18,7 +15,6 @@ Where others plug in:
 
 What is announced counts as packed storage: a graph that calls it is of level `quantized`, and where a runtime has no kernel for
 packed weights, the call is replaced by its value, once.
->>>>>>> bf9316b (Operators of plugins count as packed storage; onnxruntime as a codegen; plans under torch.compile)
 """
 
 from __future__ import annotations
@@ -76,7 +72,6 @@ def _(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: 
     return torch.empty((scale.shape[0], in_features), dtype=torch.float32, device=codes.device)
 
 
-<<<<<<< HEAD
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     codes, scale, zero, *sizes = inputs
     ctx.save_for_backward(codes, scale, zero)
@@ -102,6 +97,4 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 dequantize.register_autograd(_gradients, setup_context=_save)
-=======
 unpacks(torch.ops.lwcompile.dequantize.default)
->>>>>>> bf9316b (Operators of plugins count as packed storage; onnxruntime as a codegen; plans under torch.compile)
