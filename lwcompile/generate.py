@@ -5,7 +5,7 @@ A step may be a decode graph in torch (`GraphStep`), or a backend's runtime: any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -44,8 +44,12 @@ class Roles:
     @classmethod
     def of(cls, graph: ModelGraph, given: Collection[str] = ()) -> Roles:
         """The roles of a graph that `derive_decode` made; `given` names inputs that stay the same over all steps."""
-        pasts = tuple(i for i in graph.inputs if i.name.startswith(PAST))
-        free = [i for i in graph.inputs if i not in pasts and i.name not in given]
+        return cls.of_inputs(graph.inputs, given)
+
+    @classmethod
+    def of_inputs(cls, inputs: Sequence[Input], given: Collection[str] = ()) -> Roles:
+        pasts = tuple(i for i in inputs if i.name.startswith(PAST))
+        free = [i for i in inputs if i not in pasts and i.name not in given]
         padding = [i.name for i in free if i.dynamic.get(1) == "total"]
         rest = [i.name for i in free if i.name not in padding]
         positions = [name for name in rest if name.endswith("position_ids")]

@@ -27,7 +27,7 @@ from lwcompile.backends.onnx.packing import Storage
 from lwcompile.backends.onnx.parity import errors
 from lwcompile.backends.onnx.quantized import INT8_ACTIVATIONS
 from lwcompile.backends.onnx.runtime import OnnxStep, Runtime
-from lwcompile.backends.onnx.samples import cases
+from lwcompile.samples import cases
 from lwcompile.contract import Backend, Parity, StoredTensor
 from lwcompile.errors import LwError, VerificationError
 from lwcompile.graph import ModelGraph

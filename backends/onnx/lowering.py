@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from lwcompile.backends.onnx.builder import Builder, Size, onnx_dtype
-from lwcompile.backends.onnx.extents import Dim, Extents, Free, extents
+from lwcompile.extents import Dim, Extents, Free, extents
 from lwcompile.backends.onnx.quantized import Quantized
 from lwcompile.errors import LwError, Refused
 from lwcompile.graph import ModelGraph, surroundings

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lwcompile.backends.onnx.extents import example_sizes, shape_at, summed
 from lwcompile.decode import PAST, empty_cache
+from lwcompile.extents import example_sizes, shape_at, summed
 from lwcompile.errors import BadInput
 from lwcompile.graph import Input, ModelGraph, iterate_calls
 from lwcompile.probe import value_inputs

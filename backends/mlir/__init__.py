@@ -1,0 +1,1 @@
+"""MLIR by torch-mlir, and IREE to compile and run it."""
