@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,12 +128,17 @@ def _place(program: Program, call: dict[str, str]) -> str:
     return f"{call['entry']}: {path + ': ' if path else ''}node {call['node']}"
 
 
-def compile_with_iree(child: Child, source: Path, out: Path, flags: list[str]) -> None:
-    """Machine code of a module. `Refused` with the compiler's reason."""
-    try:
-        child.run("compile", source=str(source), out=str(out), flags=flags)
-    except (Died, Failed) as failure:
-        raise Refused(f"IREE does not compile this program: {failure}") from failure
+def compile_with_iree(child: Child, source: Path, out: Path, ways: Sequence[Sequence[str]]) -> int:
+    """Machine code of a module, by the first of several sets of flags that the compiler comes to an end with: its index.
+    `Refused` with the last one's reason."""
+    failure: Died | Failed | None = None
+    for k, flags in enumerate(ways):
+        try:
+            child.run("compile", source=str(source), out=str(out), flags=list(flags))
+            return k
+        except (Died, Failed) as found:
+            failure = found
+    raise Refused(f"IREE does not compile this program: {failure}") from failure
 
 
 def installed(module: str) -> bool:

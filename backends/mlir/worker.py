@@ -7,6 +7,7 @@ FOLDER/result.json what came of it; no result is a death. Programs and tensors c
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -86,7 +87,6 @@ def _traced(graph: Any) -> tuple[torch.export.ExportedProgram, list[str]]:
     from torch.fx.traceback import preserve_node_meta
     from torch_mlir.extras.fx_decomp_util import get_decomposition_table
 
-    table = {**get_decomposition_table(), torch.ops.aten.rms_norm.default: _rms_norm}
     args = tuple(graph.example(i.name) for i in graph.inputs)
     failures: list[Exception] = []
     for free in (Dim.DYNAMIC, Dim.AUTO):
@@ -94,20 +94,48 @@ def _traced(graph: Any) -> tuple[torch.export.ExportedProgram, list[str]]:
         try:
             with torch.no_grad(), preserve_node_meta():
                 exported = torch.export.export(_Traced(graph), args, dynamic_shapes=(shapes,), strict=False)
-            exported = exported.run_decompositions(table)
+            exported = exported.run_decompositions(get_decomposition_table())
+            _collapse_views(exported.graph)
             return exported, _fixed(graph, exported)
         except Exception as error:
             failures.append(error)
     raise failures[0]
 
 
-def _rms_norm(x: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """Written out: torch-mlir's own form takes a free dimension to be 1."""
-    dims = list(range(-len(normalized_shape), 0))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    eps = torch.finfo(wide.dtype).eps if eps is None else eps
-    normed = (wide * torch.rsqrt(wide.pow(2).mean(dims, keepdim=True) + eps)).to(x.dtype)
-    return normed if weight is None else normed * weight
+def _collapse_views(graph: fx.Graph) -> None:
+    """`view` that only joins neighbouring dimensions -> `collapse`: of a view with two free lengths, torch-mlir takes one to be 1."""
+    for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.view.default)):
+        source = node.args[0]
+        spans = _joined(_sizes(source.meta["val"]), _sizes(node.meta["val"]))
+        value, last = source.meta["val"], source
+        for start, end in reversed(spans or []):
+            value = value.new_empty([*value.shape[:start], math.prod(value.shape[start : end + 1]), *value.shape[end + 1 :]])
+            with graph.inserting_before(node):
+                last = graph.call_function(torch.ops.prims.collapse.default, (last, start, end))
+            last.meta = {**node.meta, "val": value}
+        if last is not source:
+            last.meta = dict(node.meta)
+            node.replace_all_uses_with(last)
+            graph.erase_node(node)
+
+
+def _sizes(value: Tensor) -> list[Any]:
+    """Sizes as expressions: comparing symbolic ones would bind them."""
+    return [s.node.expr if isinstance(s, torch.SymInt) else s for s in value.shape]
+
+
+def _joined(before: list[Any], after: list[Any]) -> list[tuple[int, int]] | None:
+    """The spans of dimensions that were joined into one each; None if that is not all that happened."""
+    spans, at = [], 0
+    for size in after:
+        start, product = at, 1
+        while at < len(before) and (product != size or at == start):
+            product, at = product * before[at], at + 1
+        if product != size:
+            return None
+        if at > start + 1:
+            spans.append((start, at - 1))
+    return spans if at == len(before) else None
 
 
 def _fixed(graph: Any, exported: torch.export.ExportedProgram) -> list[str]:
