@@ -1,0 +1,1 @@
+"""Triton kernels for packed weights, and the backend that writes a Python package around them."""

@@ -1,0 +1,88 @@
+"""RMSNorm and LayerNorm over the last dimension, by themselves or with the residual add before them.
+
+    normalize       norm(x)
+    add_normalize   s = x + branch; (s, norm(s)): the stream is written once and not read again
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import config_for, launch
+
+NORMS = {"rms": 1, "layer": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """kind "rms": x / sqrt(mean(x^2) + eps) * gain. kind "layer": (x - mean) / sqrt(var + eps) * gain + shift. gain, shift [K]."""
+
+    kind: str
+    gain: Tensor
+    shift: Tensor | None
+    eps: float
+
+    def reference(self, x: Tensor) -> Tensor:
+        """In plain PyTorch and float32."""
+        gain, shift = self.gain.float(), None if self.shift is None else self.shift.float()
+        if self.kind == "layer":
+            return F.layer_norm(x.float(), gain.shape, gain, shift, self.eps)
+        made = F.rms_norm(x.float(), gain.shape, gain, self.eps)
+        return made if shift is None else made + shift
+
+
+@triton.jit
+def norm_kernel(
+    x, branch, gain, shift, total, y, K, eps, KIND: tl.constexpr, ADD: tl.constexpr, SHIFT: tl.constexpr, K2: tl.constexpr
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * K
+    k = tl.arange(0, K2)
+    inside = k < K
+    values = tl.load(x + start + k, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        values += tl.load(branch + start + k, mask=inside, other=0.0).to(tl.float32)
+        tl.store(total + start + k, values.to(total.dtype.element_ty), mask=inside)
+    if KIND == 2:
+        values = tl.where(inside, values - tl.sum(values, 0) / K, 0.0)
+    values *= 1.0 / tl.sqrt(tl.sum(values * values, 0) / K + eps)
+    values *= tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
+    if SHIFT:
+        values += tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + start + k, values.to(y.dtype.element_ty), mask=inside)
+
+
+def normalize(x: Tensor, norm: Norm) -> Tensor:
+    """x [..., K] -> norm(x), of x's dtype."""
+    return _run(x, None, norm)[1]
+
+
+def add_normalize(x: Tensor, branch: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """x, branch [..., K] -> x + branch, and its norm."""
+    return _run(x, branch, norm)
+
+
+def _run(x: Tensor, branch: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    k = x.shape[-1]
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    total = x if branch is None else torch.empty_like(x)
+    if x.numel():
+        config = config_for("norm", x.device, x.numel() // k, k, k)
+        launch(
+            norm_kernel, (x.numel() // k,), config,
+            x, x if branch is None else branch.contiguous(), norm.gain, norm.gain if norm.shift is None else norm.shift, total, y, k,
+            norm.eps, KIND=NORMS[norm.kind], ADD=branch is not None, SHIFT=norm.shift is not None, K2=triton.next_power_of_2(k),
+        )  # fmt: skip
+    return total, y
+
+
+def add_normalize_reference(x: Tensor, branch: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """What `add_normalize` computes, in plain PyTorch and float32."""
+    total = x.float() + branch.float()
+    return total.to(x.dtype), norm.reference(total).to(x.dtype)
