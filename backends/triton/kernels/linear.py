@@ -59,11 +59,11 @@ def gemv_kernel(
     mean = 0.0
     rstd = 1.0
     if NORM != 0:
-        k = tl.arange(0, K2)
-        whole = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        column = tl.arange(0, K2)
+        whole = tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
         if NORM == 2:
             mean = tl.sum(whole, 0) / K
-            whole = tl.where(k < K, whole - mean, 0.0)
+            whole = tl.where(column < K, whole - mean, 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(whole * whole, 0) / K + eps)
     first = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     second = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
