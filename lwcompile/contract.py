@@ -310,12 +310,22 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class FusionGroup:
+    """Nodes of an entry point, by name and in order, that a backend runs as one kernel."""
+
+    entry: str
+    kernel: str
+    nodes: tuple[str, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Backend(Pass):
     """Prices tensors, lowers a program into files, and proves that they compute what the graph does.
 
     Class attributes:
         suffixes: of the files that it writes, so that a file's name says which backend is meant.
-        file: the name of its main file, for backends that are given a folder.
+        file: the name of its main file, or of a folder of its own, for backends that are given the folder around it.
         writes: further files that are its own, where the source may have some of that name.
     """
 
@@ -335,6 +345,10 @@ class Backend(Pass):
     def overhead(self, program: Program) -> int:
         """Bytes that belong to no tensor: the graph itself and its metadata."""
         return 0
+
+    def fusion(self, program: Program) -> list[FusionGroup]:
+        """The nodes that it would run as one kernel each; empty for a backend that leaves this to its runtime."""
+        return []
 
     def lower(self, program: Program, path: Path, ctx: Context) -> Parity:
         """Write the files, `path` the main one; run them; return the parity. A failure leaves no file."""

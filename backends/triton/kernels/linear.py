@@ -175,7 +175,7 @@ def _run(
         return y
     if norm is not None:
         flat = normalize(flat, norm)
-    config = config_for("matmul", x.device, m, n, k, first.bits)
+    config = config_for("matmul" if second is None else "gated", x.device, m, n, k, first.bits)
     if config["SPLIT_K"] > 1:
         total = finish(
             _split(flat, first, config), bias, activation, None if second is None else _split(flat, second, config)

@@ -1,0 +1,301 @@
+"""A program as a Python package: its graphs as straight-line functions, the kernels they call, and its weights.
+
+    __init__.py          load()
+    model.py, dense.py   as they stand in `runtime/`
+    graph_<entry>.py     one function an entry point, written here
+    kernels/, tuning/    as they stand beside this file
+    model.json           inputs and outputs, the form of packed weights, which tensors follow the activations' dtype
+    weights.safetensors  dense tensors, and words, scales and zero points (`packing`), each once
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, fx
+
+from lwcompile.attention import SDPA
+from lwcompile.backends.triton.fusion import DEQUANTIZE, Group, find_groups
+from lwcompile.backends.triton.packing import repack
+from lwcompile.errors import Refused
+from lwcompile.generate import Roles
+from lwcompile.graph import ModelGraph
+from lwcompile.program import Program
+from lwcompile.serialize import target_name
+
+aten = torch.ops.aten
+HERE = Path(__file__).parent
+COPIED = ("kernels", "tuning")
+FOLLOWS = (aten.linear.default, aten.embedding.default, aten.rms_norm.default, aten.layer_norm.default)
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "truediv": "/", "mod": "%", "pow": "**",
+          "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}  # fmt: skip
+_TAKEN = {"w", "aten", "torch", "math", "operator", "linear", "gated", "embedding", "normalize", "add_normalize", "rotary",
+          "attention", "Norm", "dense_linear", "attend"}  # fmt: skip
+
+
+@dataclass
+class Stored:
+    """What the package stores: tensors by name, each once; the form of packed ones; names of those that follow the dtype."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    packed: dict[str, dict[str, int]] = field(default_factory=dict)
+    cast: set[str] = field(default_factory=set)
+    _names: dict[tuple[str, ...], str] = field(default_factory=dict)
+
+    def dense(self, graph: ModelGraph, node: fx.Node) -> str:
+        """The name that a stored tensor is read under."""
+        key = graph.tensors[str(node.target)]
+        if (key,) not in self._names:
+            self._names[key,] = str(node.target)
+            self.tensors[str(node.target)] = graph.store[key]
+        return self._names[key,]
+
+    def joined(self, graph: ModelGraph, nodes: Sequence[fx.Node]) -> str:
+        """Dense vectors one after the other."""
+        key = tuple(graph.tensors[str(n.target)] for n in nodes)
+        if key not in self._names:
+            self._names[key] = " + ".join(str(n.target) for n in nodes)
+            self.tensors[self._names[key]] = torch.cat([graph.store[k] for k in key])
+        return self._names[key]
+
+    def weight(self, graph: ModelGraph, calls: Sequence[fx.Node]) -> str:
+        """The name of one packed weight, or of several, whose rows then follow each other."""
+        reads = [[n for n in call.args[:3] if isinstance(n, fx.Node)] for call in calls]
+        key = tuple(graph.tensors[str(n.target)] for parts in reads for n in parts)
+        if key in self._names:
+            return self._names[key]
+        name = " + ".join(str(parts[0].target).removesuffix(".codes") for parts in reads)
+        self._names[key] = name
+        bits, group, in_features = calls[0].args[3:]
+        made: dict[str, list[Tensor]] = {"words": [], "scale": [], "zero": []}
+        for parts in reads:
+            codes, scale, *zero = (graph.tensor(str(n.target)) for n in parts)
+            words, unpacked = repack(codes, zero[0] if zero else None, bits, in_features, scale.shape[1])  # type: ignore[arg-type]
+            for part, tensor in (("words", words), ("scale", scale), ("zero", unpacked)):
+                made[part] += [] if tensor is None else [tensor]
+        self.tensors |= {f"{name}.{part}": torch.cat(tensors).contiguous() for part, tensors in made.items() if tensors}
+        self.packed[name] = {"bits": bits, "group": group, "in_features": in_features}  # type: ignore[dict-item]
+        return name
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """A line of the function: what it makes, what it reads, and the line."""
+
+    place: int
+    path: str
+    makes: tuple[fx.Node, ...]
+    reads: tuple[fx.Node, ...]
+    text: str
+
+
+class Function:
+    """One graph as Python source."""
+
+    def __init__(self, graph: ModelGraph, stored: Stored) -> None:
+        self.graph, self.stored = graph, stored
+        self.names = {n: n.name if n.name not in _TAKEN else f"{n.name}_" for n in graph.graph.nodes}
+
+    def source(self, entry: str, model: str) -> str:
+        groups = find_groups(self.graph)
+        inside = {n for g in groups for n in g.nodes} | {r for g in groups for r in g.makes}
+        order = {node: i for i, node in enumerate(self.graph.graph.nodes)}
+        statements = [self.kernel(group, order[group.at]) for group in groups]
+        for node in self.graph.graph.nodes:
+            if node.op == "call_function" and node not in inside and not self.is_inline(node):
+                reads = tuple(n for n in node.all_input_nodes if not self.is_inline(n))
+                statements.append(_Statement(order[node], _path(node), (node,), reads, f"{self.names[node]} = {self.call(node)}"))
+        outputs = list(self.graph.output_node.args[0])  # type: ignore[arg-type]
+        kept = _needed(sorted(statements, key=lambda s: s.place), {n for n in outputs if isinstance(n, fx.Node)})
+        arguments = ", ".join(self.names[n] for n in self.graph.input_nodes().values())
+        lines = [
+            f'"""{model}: the entry point `{entry}`, one line a call; kernels where `kernels/` has one, torch elsewhere."""',
+            "", "from __future__ import annotations", "",
+            *(line for line in _IMPORTS if any(word in s.text for s in kept for word in (f"{line.split()[-1]}.",))),
+            "import torch", "",
+            "from .dense import attend, dense_linear", "from .kernels.attention import attention",
+            "from .kernels.embedding import embedding", "from .kernels.linear import gated, linear",
+            "from .kernels.norm import Norm, add_normalize, normalize", "from .kernels.rotary import rotary", "",
+            "aten = torch.ops.aten", "", "",
+            f"def {entry}(w, {arguments}):",
+            f'    """{", ".join(self.graph.outputs)}"""',
+            *self.body(kept, {n for n in outputs if isinstance(n, fx.Node)}),
+            f"    return ({', '.join(self.render(o) for o in outputs)},)", "",
+        ]  # fmt: skip
+        return "\n".join(lines)
+
+    def body(self, statements: Sequence[_Statement], outputs: set[fx.Node]) -> Iterable[str]:
+        """The lines, under a heading for each module; values are let go at the end of the module that reads them last."""
+        last = {node: i for i, s in enumerate(statements) for node in (*s.reads, *s.makes)}
+        dead: list[str] = []
+        for i, s in enumerate(statements):
+            if i == 0 or s.path != statements[i - 1].path:
+                if dead:
+                    yield f"    del {', '.join(dead)}"
+                    dead = []
+                yield f"    # --- {s.path or 'around the blocks'}"
+            yield f"    {s.text}"
+            touched = dict.fromkeys((*s.makes, *s.reads))
+            dead += [self.names[n] for n in touched if last[n] == i and n not in outputs and n.op == "call_function"]
+
+    # --- calls
+
+    def kernel(self, group: Group, place: int) -> _Statement:
+        a, target = group.args, self.names[group.root]
+        read = [n for n in a.values() if isinstance(n, fx.Node)]
+        reads = tuple(n for n in read if not self.is_inline(n) and n not in group.makes)
+        v = {key: self.render(value) for key, value in a.items() if key not in ("norm", "weights", "biases", "weight", "up")}
+        norm = f"Norm({a['norm']['kind']!r}, {self.read(a['norm']['gain'])}, {self.read(a['norm']['shift'])}, {a['norm']['eps']!r})" \
+            if "norm" in a else ""  # fmt: skip
+        optional = [f"norm={norm}"] if norm else []
+        optional += [f"activation={a['activation']!r}"] if group.kernel == "linear" and a.get("activation") else []
+        optional += [f"residual={v['residual']}"] if a.get("residual") is not None else []
+        if group.kernel == "linear":
+            bias = [self.read(a["bias"])] if a["bias"] is not None else []
+            call = f"linear({', '.join([v['x'], self.weight(a['weight']), *bias, *optional])})"
+        elif group.kernel == "linears":
+            target = ", ".join(self.names[n] for n in group.nodes)
+            biases = [f"w[{self.stored.joined(self.graph, a['biases'])!r}]"] if a["biases"][0] is not None else []
+            self.stored.cast |= {b[3:-2] for b in biases}
+            weight = f"w[{self.stored.weight(self.graph, a['weights'])!r}]"
+            rows = [n.meta["val"].shape[-1] for n in group.nodes]
+            call = f"linear({', '.join([v['x'], weight, *biases, *optional])}).split({rows}, -1)"
+        elif group.kernel == "gated":
+            call = f"gated({', '.join([v['x'], self.weight(a['weight']), self.weight(a['up']), repr(a['activation']), *optional])})"
+        elif group.kernel == "embedding":
+            call = f"embedding({self.weight(a['weight'])}, {v['ids']}, w.dtype)"
+        elif group.kernel == "norm" and "total" in a:
+            target = f"{self.names[a['total']]}, {target}"
+            call = f"add_normalize({v['x']}, {v['branch']}, {norm})"
+        elif group.kernel == "norm":
+            call = f"normalize({v['x']}, {norm})"
+        elif group.kernel == "rotary":
+            call = f"rotary({v['x']}, {v['cos']}, {v['sin']})"
+        else:
+            options = f"causal={v['causal']}, window={v['window']}, scale={v['scale']}"
+            call = f"attention({v['query']}, {v['key']}, {v['value']}, {v['padding']}, {options})"
+        return _Statement(place, _path(group.root), group.makes, reads, f"{target} = {call}")
+
+    def call(self, node: fx.Node) -> str:
+        """A call of torch, or arithmetic on sizes."""
+        args = [self.render(a) for a in node.args]
+        kwargs = {key: value for key, value in node.kwargs.items() if key != "pin_memory"}
+        named = [f"{key}={'w.device' if key == 'device' else self.render(value)}" for key, value in kwargs.items()]
+        if node.target in FOLLOWS:
+            self.stored.cast |= {self.stored.dense(self.graph, n) for n in node.all_input_nodes if n.op == "get_attr"}
+        if node.target is aten.linear.default:
+            return f"dense_linear({', '.join(args + named)})"
+        if node.target is SDPA:
+            return f"attend({', '.join(args + named)})"
+        name = target_name(node.target)
+        module, _, function = name.partition(".")
+        if module == "operator" and function in _INFIX:
+            return f"{args[0]} {_INFIX[function]} {args[1]}"
+        if module == "operator" and function == "getitem":
+            return f"{args[0]}[{args[1]}]"
+        name = name if module in ("aten", "math", "operator", "torch") else function if module == "builtins" else f"torch.ops.{name}"
+        return f"{name}({', '.join(args + named)})"
+
+    # --- values
+
+    def is_inline(self, node: fx.Node) -> bool:
+        """Stored tensors and packed weights are read where they are used."""
+        return node.op == "get_attr" or node.target is DEQUANTIZE
+
+    def weight(self, node: fx.Node) -> str:
+        return f"w[{self.stored.weight(self.graph, [node])!r}]"
+
+    def read(self, node: fx.Node | None) -> str:
+        """A stored tensor that follows the activations' dtype."""
+        if node is None:
+            return "None"
+        if node.op != "get_attr":
+            return self.render(node)
+        name = self.stored.dense(self.graph, node)
+        self.stored.cast.add(name)
+        return f"w[{name!r}]"
+
+    def render(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            if value.op == "get_attr":
+                return f"w[{self.stored.dense(self.graph, value)!r}]"
+            return f"{self.weight(value)}.dequantize()" if value.target is DEQUANTIZE else self.names[value]
+        if isinstance(value, list | tuple):
+            inner = ", ".join(self.render(v) for v in value)
+            return f"[{inner}]" if isinstance(value, list) else f"({inner},)"
+        if isinstance(value, float) and value in (float("inf"), float("-inf")):
+            return f"float('{value}')"
+        return str(value) if isinstance(value, torch.dtype | torch.layout | torch.memory_format) else repr(value)
+
+
+_IMPORTS = ("import math", "import operator")
+
+
+def _path(node: fx.Node) -> str:
+    """The module that a call belongs to, up to its last number: what repeats."""
+    parts = node.meta.get("path", "").split(".")
+    numbered = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbered[-1] + 1]) if numbered else ""
+
+
+def _needed(statements: Sequence[_Statement], wanted: set[fx.Node]) -> list[_Statement]:
+    kept = []
+    for s in reversed(statements):
+        if wanted.intersection(s.makes):
+            wanted = wanted.union(s.reads)
+            kept.append(s)
+    return kept[::-1]
+
+
+def check_weights(graph: ModelGraph) -> list[str]:
+    """Why a graph's packed weights cannot be written; empty if they can."""
+    calls = [n for n in graph.graph.nodes if n.target is DEQUANTIZE]
+    return [f"{n.name} unpacks codes that are computed" for n in calls if any(s.op != "get_attr" for s in n.all_input_nodes)]
+
+
+def write_package(program: Program, folder: Path) -> None:
+    """Write the whole package into `folder`, which is made."""
+    stored, entries = Stored(), {}
+    folder.mkdir(parents=True)
+    for name, graph in program.entries.items():
+        if not name.isidentifier():
+            raise Refused(f"the entry point {name!r} is no name of a function")
+        graph = graph.copy()
+        graph.propagate()
+        (folder / f"graph_{name}.py").write_text(Function(graph, stored).source(name, program.name), encoding="utf-8")
+        entries[name] = _describe(graph, name)
+    for part in COPIED:
+        shutil.copytree(HERE / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("model.py", "dense.py"):
+        shutil.copyfile(HERE / "runtime" / file, folder / file)
+    (folder / "__init__.py").write_text(_init(program.name), encoding="utf-8")
+    described = {"entries": entries, "packed": stored.packed, "cast": sorted(stored.cast)}
+    (folder / "model.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in stored.tensors.items()}, folder / "weights.safetensors")
+
+
+def _describe(graph: ModelGraph, entry: str) -> Mapping[str, Any]:
+    inputs = [{"name": i.name, "shape": list(i.shape), "dtype": str(i.dtype).removeprefix("torch.")} for i in graph.inputs]
+    described: dict[str, Any] = {"inputs": inputs, "outputs": graph.outputs}
+    if entry == "decode":
+        roles = Roles.of(graph)
+        described["roles"] = {"tokens": roles.tokens, "padding": roles.padding, "positions": roles.positions}
+    return described
+
+
+def _init(name: str) -> str:
+    return (
+        f'"""{name}, with its packed weights and the Triton kernels that read them.\n\n'
+        '    model = load("cuda", torch.bfloat16)\n'
+        "    model.generate(input_ids)\n\n"
+        "Needs torch, triton and safetensors. Without a GPU it runs in Triton's interpreter, slowly and in float32:\n"
+        'set TRITON_INTERPRET=1 before Python starts, and load("cpu").\n'
+        '"""\n\nfrom .model import Model, load\n\n__all__ = ["Model", "load"]\n'
+    )

@@ -1,0 +1,120 @@
+"""Attention under a rule instead of a mask, in one pass over the keys (FlashAttention's running softmax, arXiv 2205.14135).
+
+    y = softmax(scale * q @ k.T + open) @ v,   key j open to query i iff  j <= i + T - S  (causal),
+        |i + T - S - j| < window  (window),  and padding[b, j] != 0  (padding)
+
+The S queries are the last of the T positions, so one kernel serves prefill (T = S) and decoding. Keys beyond the rule are never
+read. Several query heads read one key head (grouped queries). A query to which nothing is open gets zeros.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import config_for, launch
+
+
+@triton.jit
+def attention_kernel(
+    q, k, v, padding, y, scale, heads, times, queries, keys,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, window,
+    WIDTH: tl.constexpr, WIDTH2: tl.constexpr, VALUE: tl.constexpr, VALUE2: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    batch = (head // heads).to(tl.int64)
+    mine = head % heads
+    first = tl.program_id(0) * BLOCK_S
+    s = first + tl.arange(0, BLOCK_S)
+    place = s + keys - queries
+    d = tl.arange(0, WIDTH2)
+    e = tl.arange(0, VALUE2)
+    at = batch * q_batch + mine * q_head + s[:, None] * q_row + d[None, :]
+    query = tl.load(q + at, mask=(s < queries)[:, None] & (d < WIDTH)[None, :], other=0.0)
+    top = tl.full((BLOCK_S,), -1.0e30, tl.float32)
+    total = tl.zeros((BLOCK_S,), tl.float32)
+    made = tl.zeros((BLOCK_S, VALUE2), tl.float32)
+    start = 0
+    end = keys
+    if CAUSAL:
+        end = tl.minimum(keys, first + BLOCK_S + keys - queries)
+    if WINDOW:
+        start = tl.maximum(0, first + keys - queries - window + 1) // BLOCK_T * BLOCK_T
+        if not CAUSAL:
+            end = tl.minimum(keys, first + BLOCK_S + keys - queries + window - 1)
+    for t0 in range(start, end, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        at = batch * k_batch + (mine // times) * k_head + t[None, :] * k_row + d[:, None]
+        key = tl.load(k + at, mask=(t < keys)[None, :] & (d < WIDTH)[:, None], other=0.0)
+        is_open = (t < keys)[None, :] & (s < queries)[:, None]
+        if CAUSAL:
+            is_open &= t[None, :] <= place[:, None]
+        if WINDOW:
+            is_open &= tl.abs(place[:, None] - t[None, :]) < window
+        if PADDED:
+            is_open &= (tl.load(padding + batch * keys + t, mask=t < keys, other=0) != 0)[None, :]
+        scores = tl.dot(query, key, input_precision="ieee") * scale
+        scores = tl.where(is_open, scores, -1.0e30)
+        highest = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.where(is_open, tl.exp(scores - highest[:, None]), 0.0)
+        keep = tl.exp(top - highest)
+        at = batch * v_batch + (mine // times) * v_head + t[:, None] * v_row + e[None, :]
+        value = tl.load(v + at, mask=(t < keys)[:, None] & (e < VALUE)[None, :], other=0.0)
+        made = made * keep[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        total = total * keep + tl.sum(weights, 1)
+        top = highest
+    made = made / tl.where(total > 0, total, 1.0)[:, None]
+    at = (head.to(tl.int64) * queries + s[:, None]) * VALUE + e[None, :]
+    tl.store(y + at, made.to(y.dtype.element_ty), mask=(s < queries)[:, None] & (e < VALUE)[None, :])
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None, *,
+    causal: bool = True, window: int | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """query [B, H, S, D], key [B, G, T, D], value [B, G, T, E], H a multiple of G -> [B, H, S, E] of the value's dtype.
+
+    padding: [B, T], 0 where a key is closed. window: how many positions back (and, not causal, ahead) are open, with one's own.
+    """
+    (batch, heads, queries, width), keys, value_width = query.shape, key.shape[2], value.shape[3]
+    y = torch.empty((batch, heads, queries, value_width), dtype=value.dtype, device=query.device)
+    if not y.numel():
+        return y
+    query, key = (t.to(value.dtype) for t in (query, key))
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    config = config_for("attention", query.device, queries, max(width, value_width), keys)
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    args = (
+        query, key, value, query if padding is None else padding.to(torch.int32).contiguous(), y,
+        1 / math.sqrt(width) if scale is None else scale, heads, heads // key.shape[1], queries, keys, *strides, window or 0,
+    )  # fmt: skip
+    launch(
+        attention_kernel, (triton.cdiv(queries, config["BLOCK_S"]), batch * heads), config, *args,
+        WIDTH=width, WIDTH2=max(16, triton.next_power_of_2(width)),
+        VALUE=value_width, VALUE2=max(16, triton.next_power_of_2(value_width)),
+        CAUSAL=causal, WINDOW=window is not None, PADDED=padding is not None,
+    )  # fmt: skip
+    return y
+
+
+def attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None, *,
+    causal: bool = True, window: int | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """What `attention` computes, in plain PyTorch and float32, with the mask written out."""
+    times = query.shape[1] // key.shape[1]
+    key, longer = (t.float().repeat_interleave(times, 1) for t in (key, value))
+    queries, keys = query.shape[2], key.shape[2]
+    distance = torch.arange(keys - queries, keys, device=query.device)[:, None] - torch.arange(keys, device=query.device)
+    is_open = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if window is not None:
+        is_open = is_open & (distance.abs() < window)
+    is_open = is_open[None, None] if padding is None else is_open & (padding != 0)[:, None, None, :]
+    scores = query.float() @ key.transpose(2, 3) * (1 / math.sqrt(query.shape[3]) if scale is None else scale)
+    weights = scores.masked_fill(~is_open, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return (weights @ longer).to(value.dtype)
