@@ -42,6 +42,12 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def model_files(model: Path) -> list[Path]:
+    """The files of a lowered model: the main one with those beside it that carry its name, or all in its folder."""
+    found = model.rglob("*") if model.is_dir() else model.parent.glob(f"*{model.name}*")
+    return sorted(f for f in found if f.is_file() and "__pycache__" not in f.parts)
+
+
 def write_artifact(folder: Path, run: Session, program: Program | None, plan: Plan, model: Path | None, report: Report) -> None:
     """Complete a folder around a lowered `model` file, or around the compressed `program` itself.
 
@@ -52,8 +58,7 @@ def write_artifact(folder: Path, run: Session, program: Program | None, plan: Pl
         program.save(folder)
         written += [folder / "program.json", folder / "weights.safetensors"]
     if model is not None:
-        written += sorted(f for f in folder.glob(f"*{model.name}*") if f.is_file())
-        written += [folder / name for name in run.backend.writes]
+        written += [*model_files(model), *(folder / name for name in run.backend.writes)]
     for asset in run.program.assets:
         own = ("README.md", "LICENSE", *(run.backend.writes if model is not None else ()))
         if asset.resolve() != (folder / asset.name).resolve() and asset.name not in own:
@@ -76,7 +81,11 @@ def write_artifact(folder: Path, run: Session, program: Program | None, plan: Pl
         "parity": report.data.get("parity"),
         "speed": report.data.get("speed"),
         "versions": versions(),
-        "files": {f.name: {"bytes": f.stat().st_size, "sha256": file_hash(f)} for f in sorted(set(written)) if f.is_file()},
+        "files": {
+            f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": file_hash(f)}
+            for f in sorted(set(written))
+            if f.is_file()
+        },
     }
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lwcompile.artifact import load, write_artifact
+from lwcompile.artifact import load, model_files, write_artifact
 from lwcompile.budget import Budget
 from lwcompile.context import Progress, SilentProgress
 from lwcompile.contract import Backend
@@ -302,8 +302,8 @@ def require_writable(folder: Path) -> None:
 
 
 def folder_bytes(path: Path) -> int:
-    """Bytes of a model file and of the weights beside it."""
-    return sum(f.stat().st_size for f in path.parent.glob(f"*{path.name}*") if f.is_file())
+    """Bytes of a model file and of the weights beside it, or of a model folder."""
+    return sum(f.stat().st_size for f in model_files(path))
 
 
 def _whole(folder: Path, write: Any) -> None:

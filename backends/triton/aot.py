@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +19,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lwcompile.backends.triton.kernels.attention import attention_kernel
 from lwcompile.backends.triton.kernels.embedding import embedding_kernel
 from lwcompile.backends.triton.kernels.launch import rule_for, table_of
 from lwcompile.backends.triton.kernels.linear import gemv_kernel, matmul_kernel
 from lwcompile.backends.triton.kernels.norm import norm_kernel
+from lwcompile.backends.triton.kernels.rotary import rotary_kernel
 from lwcompile.errors import Refused, VerificationError
 
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -55,49 +57,58 @@ class Row:
     code: int
 
 
-def cases(target: int = 90, bits: tuple[int, ...] = BITS) -> Iterator[Case]:
+def cases(target: int = 90, bits: Collection[int] = BITS) -> Iterator[Case]:
     """Every kernel at every width, with each rule of the target's table, and every way it can be combined at 4 bits."""
     table = table_of(f"sm_{target}")
+
+    def rule(kernel: str, m: int, n: int = WIDTH, k: int = WIDTH, bits: int = 4) -> dict[str, int]:
+        return rule_for(table, kernel, m=m, n=n, k=k, bits=bits)
+
     plain = {"GATED": False, "BIAS": False, "RESIDUAL": False, "ACT": 0}
     gemv = {**plain, "NORM": 0, "SHIFT": False, "K2": WIDTH}
-    full = {"BIAS": True, "RESIDUAL": True, "ACT": 2}
+    gate, full = {"GATED": True, "ACT": 1}, {"BIAS": True, "RESIDUAL": True, "ACT": 2}
     for b in bits:
-        config = rule_for(table, "gemv", m=1, n=WIDTH, k=WIDTH, bits=b)
-        yield Case(f"gemv {b} bits", gemv_kernel, gemv | _format(b), config)
-        yield Case(f"gemv {b} bits, norm and gate", gemv_kernel, gemv | _format(b) | {"NORM": 1, "GATED": True, "ACT": 1}, config)
+        form, config = _format(b), rule("gemv", 1, bits=b)
+        yield Case(f"gemv, {b} bits", gemv_kernel, gemv | form, config)
+        yield Case(f"gemv, {b} bits, RMSNorm and gate", gemv_kernel, gemv | form | gate | {"NORM": 1}, config)
         for m in (16, 64, 4096):
-            config = rule_for(table, "matmul", m=m, n=WIDTH, k=WIDTH, bits=b)
-            yield Case(f"matmul {b} bits, M = {m}", matmul_kernel, plain | _format(b), config)
-        config = rule_for(table, "embedding", m=1, n=WIDTH, k=WIDTH, bits=b)
-        yield Case(f"embedding {b} bits", embedding_kernel, {k: v for k, v in _format(b).items() if not k.endswith("2")}, config)
-    config = rule_for(table, "gemv", m=1, n=WIDTH, k=WIDTH, bits=4)
+            yield Case(f"matmul, {b} bits, M = {m}", matmul_kernel, plain | form, rule("matmul", m, bits=b))
+        one = {key: value for key, value in form.items() if not key.endswith("2")}
+        yield Case(f"embedding, {b} bits", embedding_kernel, one, rule("embedding", 1, bits=b))
     layer = {"NORM": 2, "SHIFT": True}
-    yield Case("gemv 4 bits, LayerNorm, bias, GELU, residual", gemv_kernel, gemv | _format(4) | full | layer, config)
-    yield Case("gemv 4 bits, groups of 24, float zero", gemv_kernel, gemv | _format(4, 24, 2), config)
+    yield Case("gemv, 4 bits, LayerNorm, bias, GELU, residual", gemv_kernel, gemv | _format(4) | full | layer, rule("gemv", 1))
+    yield Case("gemv, 4 bits, groups of 24, float zero", gemv_kernel, gemv | _format(4, 24, 2), rule("gemv", 1))
     for m in (64, 4096):
-        config = rule_for(table, "matmul", m=m, n=WIDTH, k=WIDTH, bits=4)
-        gate = {"GATED": True, "ACT": 1}
-        yield Case(f"matmul 4 bits, gate, M = {m}", matmul_kernel, plain | _format(4) | gate, config | {"SPLIT_K": 1})
-        yield Case(f"matmul 4 bits, bias, GELU, residual, M = {m}", matmul_kernel, plain | _format(4) | full, config | {"SPLIT_K": 1})
+        yield Case(f"matmul, 4 bits, gate, M = {m}", matmul_kernel, plain | _format(4) | gate, rule("gated", m))
+        yield Case(f"matmul, 4 bits, bias, GELU, residual, M = {m}", matmul_kernel, plain | _format(4) | full, rule("matmul", m))
     for kind, name in ((1, "RMSNorm"), (2, "LayerNorm")):
-        config = rule_for(table, "norm", m=1, n=WIDTH, k=WIDTH, bits=16)
-        yield Case(f"{name} with residual add", norm_kernel, {"KIND": kind, "ADD": True, "SHIFT": kind == 2, "K2": WIDTH}, config)
+        constants = {"KIND": kind, "ADD": True, "SHIFT": kind == 2, "K2": WIDTH}
+        yield Case(f"{name} with residual add", norm_kernel, constants, rule("norm", 1))
+    yield Case("rotary, heads of 128", rotary_kernel, {"HALF": 64, "HALF2": 64}, rule("rotary", 4096, 128, 128))
+    for m, width in ((1, 128), (4096, 64), (4096, 128), (4096, 256)):
+        constants = {"WIDTH": width, "WIDTH2": width, "VALUE": width, "VALUE2": width, "CAUSAL": True, "WINDOW": True, "PADDED": True}
+        yield Case(f"attention, S = {m}, heads of {width}", attention_kernel, constants, rule("attention", m, width))
 
 
 def _format(bits: int, group: int = 64, zero: int = 1) -> dict[str, Any]:
     return {f"{name}{i}": value for i in ("", "2") for name, value in (("BITS", bits), ("GROUP", group), ("ZERO", zero))}
 
 
-_INTEGERS = {"M", "N", "K", "CHUNKS"}
-_TYPES = {"words": "*i32", "words2": "*i32", "ids": "*i64", "eps": "fp32"}
+_TYPES = {"words": "*i32", "words2": "*i32", "ids": "*i64", "padding": "*i32", "eps": "fp32", "factor": "fp32", "scale": "*fp16",
+          "scale2": "*fp16", "cos": "*fp32", "sin": "*fp32"}  # fmt: skip
+_SIZES = ("M", "N", "K", "CHUNKS")
+_COUNTS = ("heads", "times", "queries", "keys", "length", "window")
 
 
 def _type_of(name: str, constants: dict[str, Any]) -> str:
     if name in ("zero", "zero2"):
-        return "*u8" if constants.get(name.upper(), 1) == 1 else "*fp16"
-    if name in _INTEGERS:
+        return "*u8" if constants[name.upper()] == 1 else "*fp16"
+    if name in _SIZES or name in _COUNTS or name.endswith(_STRIDES):
         return "i32"
-    return _TYPES.get(name, "*bf16" if not name.startswith("scale") else "*fp16")
+    return _TYPES.get(name, "*bf16")
+
+
+_STRIDES = ("_stride", "_batch", "_head", "_row")
 
 
 def compile_case(case: Case, target: int) -> Row:
@@ -109,7 +120,8 @@ def compile_case(case: Case, target: int) -> Row:
     options = {name: value for name, value in case.config.items() if name.startswith("num_")}
     constants = case.constants | {name: value for name, value in case.config.items() if name not in options}
     signature = {n: "constexpr" if n in constants else _type_of(n, constants) for n in case.kernel.arg_names}
-    divisible = [(i,) for i, n in enumerate(case.kernel.arg_names) if signature[n] not in ("constexpr", "fp32")]
+    aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in _SIZES or n.endswith(_STRIDES)]
+    divisible = [(case.kernel.arg_names.index(n),) for n in aligned]
     source = ASTSource(case.kernel, signature, constants, {place: [["tt.divisibility", 16]] for place in divisible})
     options["enable_fp_fusion"] = True
     try:
@@ -136,6 +148,6 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
 
 
-def table(targets: tuple[int, ...] = (80, 90, 100), bits: tuple[int, ...] = BITS) -> list[Row]:
+def table(targets: Collection[int] = tuple(SHARED_LIMITS), bits: Collection[int] = BITS) -> list[Row]:
     """Every case for every target."""
     return [compile_case(case, target) for target in targets for case in cases(target, bits)]

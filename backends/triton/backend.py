@@ -45,7 +45,7 @@ class Triton(Backend):
     """
 
     name: ClassVar[str] = "triton"
-    package: ClassVar[str] = "triton_model"
+    file: ClassVar[str] = "triton_model"
     tolerance: float = 1e-4
 
     def unsupported(self, program: Program) -> list[str]:

@@ -14,6 +14,7 @@ from lwcompile.cli.flags import Json
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from lwcompile.program import Program
     from lwcompile.rundir import RunInfo
 
 
@@ -27,13 +28,17 @@ def inspect_model(
     model: Annotated[str, typer.Argument(help="A model as --model takes it.")],
     html: Annotated[Path | None, typer.Option(help="Draw it into this HTML file too.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Show every block, not runs of equal ones as one.")] = False,
+    fusion: Annotated[bool, typer.Option("--fusion", help="Show what backends would run as one kernel instead.")] = False,
     json: Json = False,
 ) -> None:
     """Print a model's streams, blocks, sublayers and weights, with parameters and bytes."""
     from lwcompile.inspect import look, tree
     from lwcompile.pipeline import capture
 
-    view = look(capture(model))
+    program = capture(model)
+    if fusion:
+        return show_fusion(program, full, json)
+    view = look(program)
     if html is not None:
         from lwcompile.html.diagram import draw
         from lwcompile.rundir import write_atomic
@@ -41,6 +46,33 @@ def inspect_model(
         write_atomic(html, draw(view).encode())
         note(f"wrote {html}")
     show_json(view.to_json()) if json else show(tree(view, full))
+
+
+def show_fusion(program: Program, full: bool, json: bool) -> None:
+    """The fusion groups that each backend finds, equal ones as one line unless `full`."""
+    from collections import Counter
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from lwcompile.registry import make, plugins
+
+    found = {p.name: groups for p in plugins("backends") if (groups := make("backends", p.name).fusion(program))}
+    if json:
+        return show_json({name: [asdict(group) for group in groups] for name, groups in found.items()})
+    if not found:
+        return note("no installed backend says what it would run as one kernel")
+    for name, groups in found.items():
+        drawn = Table(box=None, header_style="dim", pad_edge=False, title=name, title_justify="left")
+        for heading in ("entry", "kernel", "times", "nodes", ""):
+            drawn.add_column(heading, justify="right" if heading in ("times", "nodes") else "left")
+        if full:
+            for g in groups:
+                drawn.add_row(g.entry, g.kernel, "1", ", ".join(g.nodes), g.note)
+        else:
+            for (entry, kernel, size, said), times in Counter((g.entry, g.kernel, len(g.nodes), g.note) for g in groups).items():
+                drawn.add_row(entry, kernel, str(times), str(size), said)
+        show(drawn)
 
 
 def report(

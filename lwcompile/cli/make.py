@@ -24,7 +24,9 @@ def register(app: typer.Typer) -> None:
 
 @flags
 def export(
-    path: Annotated[Path, typer.Argument(help="The file to write, such as model.onnx; its folder becomes loadable.")],
+    path: Annotated[
+        Path, typer.Argument(help="The file to write, such as model.onnx (or a folder, with --backend); its folder becomes loadable.")
+    ],
     source: Source, budget: Budgets, healing: Healing, data: Data, run: Run,
 ) -> None:  # fmt: skip
     """Compile a model into a file that a runtime takes, and prove that the file computes the same."""

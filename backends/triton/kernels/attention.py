@@ -21,7 +21,7 @@ from .launch import config_for, launch
 
 @triton.jit
 def attention_kernel(
-    q, k, v, padding, y, scale, heads, times, queries, keys,
+    q, k, v, padding, y, factor, heads, times, queries, keys,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, window,
     WIDTH: tl.constexpr, WIDTH2: tl.constexpr, VALUE: tl.constexpr, VALUE2: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -58,7 +58,7 @@ def attention_kernel(
             is_open &= tl.abs(place[:, None] - t[None, :]) < window
         if PADDED:
             is_open &= (tl.load(padding + batch * keys + t, mask=t < keys, other=0) != 0)[None, :]
-        scores = tl.dot(query, key, input_precision="ieee") * scale
+        scores = tl.dot(query, key, input_precision="ieee") * factor
         scores = tl.where(is_open, scores, -1.0e30)
         highest = tl.maximum(top, tl.max(scores, 1))
         weights = tl.where(is_open, tl.exp(scores - highest[:, None]), 0.0)

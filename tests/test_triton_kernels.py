@@ -1,0 +1,51 @@
+"""Triton kernels against plain PyTorch, in the interpreter. Its mode is fixed when triton is imported: hence a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels are Triton's: install lwcompile[triton]")
+HERE = Path(__file__).parent
+TUNING = HERE.parent / "backends" / "triton" / "tuning"
+
+
+def interpreted(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, cwd=HERE.parent)
+
+
+def test_every_kernel_computes_what_plain_torch_does() -> None:
+    done = interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / "triton_interpreted.py"))
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+def test_importing_the_kernels_asks_no_device() -> None:
+    modules = ("linear", "norm", "embedding", "rotary", "attention", "launch")
+    code = "import torch\nasked = []\ntorch.cuda.get_device_capability = torch.cuda.is_available = lambda *a: asked.append(a)\n"
+    code += "".join(f"import lwcompile.backends.triton.kernels.{name}\n" for name in modules)
+    done = interpreted("-c", code + "assert not asked and not torch.cuda.is_initialized(), asked")
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_a_gpu_and_without_the_interpreter_a_launch_says_what_to_do() -> None:
+    code = "import torch\nfrom lwcompile.backends.triton.kernels.norm import Norm, normalize\n"
+    code += "normalize(torch.ones(2, 4), Norm('rms', torch.ones(4), None, 1e-5))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    assert done.returncode and "TRITON_INTERPRET=1" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(TUNING.glob("*.json")), ids=lambda p: p.stem)
+def test_tables_end_with_a_rule_that_always_fits(path: Path) -> None:
+    table = json.loads(path.read_text(encoding="utf-8"))
+    assert table["origin"], "say how the numbers were found"
+    for kernel, rules in table["kernels"].items():
+        assert not {"m", "n", "k", "bits"} & set(rules[-1]), f"{kernel} has sizes that no rule fits"
+        for rule in rules:
+            assert all(rule[key] & (rule[key] - 1) == 0 for key in rule if key.startswith("BLOCK_")), f"{kernel}: {rule}"
