@@ -1,0 +1,54 @@
+"""Every Triton kernel becomes a cubin for real GPUs, on a machine without one, within each target's shared memory."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels are Triton's: install lwcompile[triton]")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1 makes kernels interpreted, which do not compile", allow_module_level=True)
+
+from lwcompile.backends.triton.aot import SHARED_LIMITS, Case, cases, compile_case
+from lwcompile.errors import VerificationError
+
+HARDEST = (
+    "gemv, 3 bits, RMSNorm and gate",
+    "matmul, 4 bits, gate, M = 4096",
+    "embedding, 3 bits",
+    "LayerNorm with residual add",
+    "rotary, heads of 128",
+    "attention, S = 4096, heads of 128",
+)
+
+
+def case_of(name: str, target: int) -> Case:
+    return next(case for case in cases(target, (3,)) if case.name == name)
+
+
+@pytest.mark.parametrize("target", SHARED_LIMITS)
+@pytest.mark.parametrize("name", HARDEST)
+def test_a_kernel_becomes_a_cubin(name: str, target: int) -> None:
+    row = compile_case(case_of(name, target), target)
+    assert row.code > 1000 and 0 < row.registers <= 255 and row.shared <= row.limit
+    assert row.spilled == 0, f"{name} spills {row.spilled} bytes on sm_{target}: choose smaller blocks"
+
+
+def test_the_hardest_cases_are_of_every_kernel() -> None:
+    every = {case.kernel for case in cases(90)}
+    assert {case_of(name, 90).kernel for name in HARDEST} == every
+
+
+def test_shared_memory_past_the_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """triton itself compiles past what a target has."""
+    monkeypatch.setitem(SHARED_LIMITS, 80, 1)
+    with pytest.raises(VerificationError, match=r"wants \d+ bytes of shared memory, and sm_80 has 1"):
+        compile_case(case_of("LayerNorm with residual add", 80), 80)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SHARED_LIMITS)
+def test_every_case_compiles(target: int) -> None:
+    for case in cases(target):
+        compile_case(case, target)
