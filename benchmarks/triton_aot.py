@@ -1,6 +1,6 @@
 """Registers, spilled bytes and shared memory of every Triton kernel, compiled for real GPUs on a machine without one.
 
-    python -m benchmarks.triton_aot --bits 2 3 4 5 6 8
+python -m benchmarks.triton_aot --bits 2 3 4 5 6 8
 """
 
 from __future__ import annotations

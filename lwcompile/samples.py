@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lwcompile.decode import PAST, empty_cache
-from lwcompile.extents import example_sizes, shape_at, summed
 from lwcompile.errors import BadInput
+from lwcompile.extents import example_sizes, shape_at, summed
 from lwcompile.graph import Input, ModelGraph, iterate_calls
 from lwcompile.probe import value_inputs
 

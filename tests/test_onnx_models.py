@@ -187,8 +187,8 @@ def test_a_query_that_may_see_nothing_stays_finite(tmp_path: Path):
 def test_parity_is_proved_on_the_calibration_samples(tmp_path: Path):
     import tiny
 
-    from lwcompile.samples import samples
     from lwcompile.context import Context
+    from lwcompile.samples import samples
 
     whole, calibration = tiny.llama_program(), tiny.calibration()
     ctx = Context(calibration=calibration)

@@ -209,7 +209,7 @@ def test_export_makes_the_folder_loadable(tmp_path: Path) -> None:
     result = pipeline.export(
         llama_program(layers=1), tmp_path / "out", recipe=recipe, backend="triton", run_dir=tmp_path / "run"
     )  # fmt: skip
-    assert result.path == tmp_path / "out" / "triton_model"
+    assert result.path is not None and result.path == tmp_path / "out" / "triton_model"
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
     assert (manifest["backend"], manifest["model"]) == ("triton", "triton_model")
     assert {"triton_model/graph_forward.py", "triton_model/kernels/linear.py", "plan.yaml"} <= set(manifest["files"])

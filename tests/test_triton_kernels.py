@@ -37,7 +37,9 @@ def test_importing_the_kernels_asks_no_device() -> None:
 def test_without_a_gpu_and_without_the_interpreter_a_launch_says_what_to_do() -> None:
     code = "import torch\nfrom lwcompile.backends.triton.kernels.norm import Norm, normalize\n"
     code += "normalize(torch.ones(2, 4), Norm('rms', torch.ones(4), None, 1e-5))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}
+    )
     assert done.returncode and "TRITON_INTERPRET=1" in done.stderr
 
 
@@ -49,3 +51,22 @@ def test_tables_end_with_a_rule_that_always_fits(path: Path) -> None:
         assert not {"m", "n", "k", "bits"} & set(rules[-1]), f"{kernel} has sizes that no rule fits"
         for rule in rules:
             assert all(rule[key] & (rule[key] - 1) == 0 for key in rule if key.startswith("BLOCK_")), f"{kernel}: {rule}"
+
+
+# --- the benchmark, which needs a GPU for all but this
+
+
+def test_the_benchmark_checks_itself_anywhere() -> None:
+    done = interpreted("-m", "benchmarks.gpu_kernels", "--check", "--bits", "3", "4")
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["3 bits", "4 bits"]
+
+
+def test_the_benchmark_takes_its_arguments() -> None:
+    from benchmarks.gpu_kernels import SHAPES, parse
+
+    given = parse(["--rows", "1", "16", "--shapes", "2048x4096", "--rotate", "64"])
+    assert (given.rows, given.shapes, given.rotate) == ([1, 16], [(2048, 4096)], 64)
+    assert parse([]).shapes == list(SHAPES)
+    with pytest.raises(SystemExit):
+        parse(["--rotate", "8"])

@@ -33,7 +33,9 @@ FORMATS = st.builds(
     st.sampled_from(["float16", "float32"]),
 )  # fmt: skip
 SEEDS = st.integers(0, 1 << 20)
-few = settings(max_examples=int(os.environ.get("LWCOMPILE_TRITON_EXAMPLES", "12")), deadline=None, derandomize=True, database=None)
+few = settings(
+    max_examples=int(os.environ.get("LWCOMPILE_TRITON_EXAMPLES", "12")), deadline=None, derandomize=True, database=None
+)
 
 
 def random_weight(rows: int, width: int, format: NumericFormat) -> tuple[Packed, Tensor]:
@@ -96,7 +98,15 @@ def test_linear(format, m, n, k, norm, activation, bias, residual, seed) -> None
 
 
 @few
-@given(FORMATS, FORMATS, st.sampled_from([1, 3, 20]), st.integers(1, 40), st.integers(1, 200), st.sampled_from(["none", "rms"]), SEEDS)
+@given(
+    FORMATS,
+    FORMATS,
+    st.sampled_from([1, 3, 20]),
+    st.integers(1, 40),
+    st.integers(1, 200),
+    st.sampled_from(["none", "rms"]),
+    SEEDS,
+)
 def test_gated_takes_two_weights_of_unlike_formats(first, second, m, n, k, norm, seed) -> None:
     torch.manual_seed(seed)
     (gate, _), (up, _) = random_weight(n, k, first), random_weight(n, k, second)
@@ -120,6 +130,7 @@ def test_embedding(format, rows, width, ids, seed) -> None:
 def test_norms(m, k, kind, seed) -> None:
     torch.manual_seed(seed)
     x, branch, norm = torch.randn(m, k), torch.randn(m, k), a_norm(kind, k)
+    assert norm is not None
     assert error(norm_of.normalize(x, norm), norm.reference(x)) < TOLERANCE
     for found, wanted in zip(norm_of.add_normalize(x, branch, norm), norm_of.add_normalize_reference(x, branch, norm)):
         assert error(found, wanted) < TOLERANCE

@@ -200,5 +200,3 @@ def _workshop(parent: Path | None = None) -> Iterator[Path]:
         raise BadInput(f"cannot write into {parent}: {error.strerror or error}; name another directory") from error
     with folder as name:
         yield Path(name)
-
-

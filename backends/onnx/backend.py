@@ -27,10 +27,10 @@ from lwcompile.backends.onnx.packing import Storage
 from lwcompile.backends.onnx.parity import errors
 from lwcompile.backends.onnx.quantized import INT8_ACTIVATIONS
 from lwcompile.backends.onnx.runtime import OnnxStep, Runtime
-from lwcompile.samples import cases
 from lwcompile.contract import Backend, Parity, StoredTensor
 from lwcompile.errors import LwError, VerificationError
 from lwcompile.graph import ModelGraph
+from lwcompile.samples import cases
 
 if TYPE_CHECKING:
     from lwcompile.context import Context

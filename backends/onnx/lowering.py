@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 from lwcompile.backends.onnx.builder import Builder, Size, onnx_dtype
-from lwcompile.extents import Dim, Extents, Free, extents
 from lwcompile.backends.onnx.quantized import Quantized
 from lwcompile.errors import LwError, Refused
+from lwcompile.extents import Dim, Extents, Free, extents
 from lwcompile.graph import ModelGraph, surroundings
 
 Lower = Callable[..., Any]

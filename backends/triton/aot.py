@@ -86,7 +86,15 @@ def cases(target: int = 90, bits: Collection[int] = BITS) -> Iterator[Case]:
         yield Case(f"{name} with residual add", norm_kernel, constants, rule("norm", 1))
     yield Case("rotary, heads of 128", rotary_kernel, {"HALF": 64, "HALF2": 64}, rule("rotary", 4096, 128, 128))
     for m, width in ((1, 128), (4096, 64), (4096, 128), (4096, 256)):
-        constants = {"WIDTH": width, "WIDTH2": width, "VALUE": width, "VALUE2": width, "CAUSAL": True, "WINDOW": True, "PADDED": True}
+        constants = {
+            "WIDTH": width,
+            "WIDTH2": width,
+            "VALUE": width,
+            "VALUE2": width,
+            "CAUSAL": True,
+            "WINDOW": True,
+            "PADDED": True,
+        }
         yield Case(f"attention, S = {m}, heads of {width}", attention_kernel, constants, rule("attention", m, width))
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from lwcompile.backends.onnx.samples import cases
 from torch import Tensor
 
-from lwcompile.backends.onnx.samples import cases
 from lwcompile.backends.triton.emit import HERE, check_weights, write_package
 from lwcompile.backends.triton.fusion import find_groups
 from lwcompile.backends.triton.packing import packed_bytes
@@ -31,6 +31,9 @@ from lwcompile.manager import relative_error
 if TYPE_CHECKING:
     from lwcompile.context import Context
     from lwcompile.program import Program
+
+EXTRAS = ("norm", "bias", "activation", "residual", "branch", "padding")
+"""Arguments of a group that are worth a word."""
 
 NODE_BYTES = 90
 """What a call takes in the written source."""
@@ -71,8 +74,8 @@ class Triton(Backend):
             graph = graph.copy()
             graph.propagate()
             for group in find_groups(graph, dense=True):
-                extras = [word for word in ("norm", "bias", "activation", "residual", "branch", "padding") if group.args.get(word) is not None]
-                note = "; ".join(part for part in (group.note, f"with {', '.join(extras)}" if extras else "") if part)
+                extras = ", ".join(word for word in EXTRAS if group.args.get(word) is not None)
+                note = "; ".join(part for part in (group.note, extras and f"with {extras}") if part)
                 found.append(FusionGroup(name, group.kernel, tuple(n.name for n in group.nodes), note))
         return found
 

@@ -1,11 +1,11 @@
 """A program as a Python package: its graphs as straight-line functions, the kernels they call, and its weights.
 
-    __init__.py          load()
-    model.py, dense.py   as they stand in `runtime/`
-    graph_<entry>.py     one function an entry point, written here
-    kernels/, tuning/    as they stand beside this file
-    model.json           inputs and outputs, the form of packed weights, which tensors follow the activations' dtype
-    weights.safetensors  dense tensors, and words, scales and zero points (`packing`), each once
+__init__.py          load()
+model.py, dense.py   as they stand in `runtime/`
+graph_<entry>.py     one function an entry point, written here
+kernels/, tuning/    as they stand beside this file
+model.json           inputs and outputs, the form of packed weights, which tensors follow the activations' dtype
+weights.safetensors  dense tensors, and words, scales and zero points (`packing`), each once
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from lwcompile.serialize import target_name
 
 aten = torch.ops.aten
 HERE = Path(__file__).parent
-COPIED = ("kernels", "tuning")
 FOLLOWS = (aten.linear.default, aten.embedding.default, aten.rms_norm.default, aten.layer_norm.default)
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "truediv": "/", "mod": "%", "pow": "**",
           "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}  # fmt: skip
@@ -168,7 +167,9 @@ class Function:
             rows = [n.meta["val"].shape[-1] for n in group.nodes]
             call = f"linear({', '.join([v['x'], weight, *biases, *optional])}).split({rows}, -1)"
         elif group.kernel == "gated":
-            call = f"gated({', '.join([v['x'], self.weight(a['weight']), self.weight(a['up']), repr(a['activation']), *optional])})"
+            call = (
+                f"gated({', '.join([v['x'], self.weight(a['weight']), self.weight(a['up']), repr(a['activation']), *optional])})"
+            )
         elif group.kernel == "embedding":
             call = f"embedding({self.weight(a['weight'])}, {v['ids']}, w.dtype)"
         elif group.kernel == "norm" and "total" in a:
@@ -200,7 +201,9 @@ class Function:
             return f"{args[0]} {_INFIX[function]} {args[1]}"
         if module == "operator" and function == "getitem":
             return f"{args[0]}[{args[1]}]"
-        name = name if module in ("aten", "math", "operator", "torch") else function if module == "builtins" else f"torch.ops.{name}"
+        name = (
+            name if module in ("aten", "math", "operator", "torch") else function if module == "builtins" else f"torch.ops.{name}"
+        )
         return f"{name}({', '.join(args + named)})"
 
     # --- values
@@ -271,14 +274,21 @@ def write_package(program: Program, folder: Path) -> None:
         graph.propagate()
         (folder / f"graph_{name}.py").write_text(Function(graph, stored).source(name, program.name), encoding="utf-8")
         entries[name] = _describe(graph, name)
-    for part in COPIED:
-        shutil.copytree(HERE / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("model.py", "dense.py"):
-        shutil.copyfile(HERE / "runtime" / file, folder / file)
+    shutil.copytree(HERE / "tuning", folder / "tuning")
+    (folder / "kernels").mkdir()
+    for file in sorted((HERE / "kernels").glob("*.py")):
+        (folder / "kernels" / file.name).write_text(_rooted(file, "."), encoding="utf-8")
+    for file in (HERE / "runtime" / "model.py", HERE / "runtime" / "dense.py"):
+        (folder / file.name).write_text(_rooted(file, ".kernels."), encoding="utf-8")
     (folder / "__init__.py").write_text(_init(program.name), encoding="utf-8")
     described = {"entries": entries, "packed": stored.packed, "cast": sorted(stored.cast)}
     (folder / "model.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
     save_file({name: tensor.contiguous() for name, tensor in stored.tensors.items()}, folder / "weights.safetensors")
+
+
+def _rooted(file: Path, kernels: str) -> str:
+    """A file's text with the kernels imported from where the package has them."""
+    return file.read_text(encoding="utf-8").replace("from lwcompile.backends.triton.kernels.", f"from {kernels}")
 
 
 def _describe(graph: ModelGraph, entry: str) -> Mapping[str, Any]:

@@ -158,7 +158,9 @@ class _Finder:
             covered = {n for g in readers for n in g.nodes}
             if len(readers) == 1 and set(node.users) <= covered and readers[0].args.get("residual") is not node:
                 group = readers[0]
-                nodes = tuple(sorted((node, *group.nodes), key=self.order.__getitem__)) if group.kernel != "linears" else group.nodes
+                nodes = (
+                    tuple(sorted((node, *group.nodes), key=self.order.__getitem__)) if group.kernel != "linears" else group.nodes
+                )
                 self.groups[group.root] = replace(group, nodes=nodes, args={**group.args, "x": x, "norm": norm})
                 self.claimed.add(node)
                 continue
@@ -188,7 +190,9 @@ class _Finder:
             if a.mask is None or not widths or slots(a.node)["dropout_p"]:
                 continue
             padding = None if a.mask.padding is None else self.graph.input_nodes()[a.mask.padding]
-            note = ", ".join(w for w in ("causal" if a.mask.causal else "", f"window {a.mask.window}" if a.mask.window else "") if w)
+            note = ", ".join(
+                w for w in ("causal" if a.mask.causal else "", f"window {a.mask.window}" if a.mask.window else "") if w
+            )
             self.add(
                 "attention", a.node, (a.node,), note, query=a.query, key=a.key, value=a.value, padding=padding,
                 causal=a.mask.causal, window=a.mask.window, scale=slots(a.node)["scale"],
@@ -263,8 +267,8 @@ def _half_turn(node: Any, x: Any) -> tuple[fx.Node, ...] | None:
     if width % 2 or any(n.target is not aten.slice.Tensor or n.args[0] is not x or len(n.users) != 1 for n, _, _ in spans):
         return None
     for piece, start, end in spans:
-        axis, first, last = (*piece.args[1:], 0, 0, 1 << 62)[:3]
-        if axis not in (-1, len(shape_of(x)) - 1) or first != start or min(last, width) != end:
+        axis, first, last = (*piece.args[1:], 0, 0, 1 << 62)[:3]  # type: ignore[assignment]
+        if axis not in (-1, len(shape_of(x)) - 1) or first != start or not isinstance(last, int) or min(last, width) != end:
             return None
     return (high, low, pieces[0], node)  # type: ignore[index]
 

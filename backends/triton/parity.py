@@ -41,13 +41,21 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run_package(package: Path, cases: Sequence[Case], scratch: Path, dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
+def run_package(
+    package: Path, cases: Sequence[Case], scratch: Path, dtype: torch.dtype = torch.float32
+) -> list[dict[str, Tensor]]:
     """The package's outputs by name, float32, for each case. `VerificationError` with what it said if it does not run."""
     given = {f"{n}/{name}": value.clone() for n, (_, inputs, _) in enumerate(cases) for name, value in inputs.items()}
     save_file(given, scratch / "cases.safetensors")
     environment = {**os.environ, "TRITON_INTERPRET": "0" if device() == "cuda" else "1"}
     scratch = scratch.resolve()
-    words = [str(package.resolve().parent), package.name, str(scratch / "cases.safetensors"), str(scratch / "results.safetensors"), device()]
+    words = [
+        str(package.resolve().parent),
+        package.name,
+        str(scratch / "cases.safetensors"),
+        str(scratch / "results.safetensors"),
+        device(),
+    ]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *words, str(dtype).removeprefix("torch.")],
         input=json.dumps([entry for entry, _, _ in cases]), capture_output=True, text=True, env=environment, cwd=scratch,

@@ -20,7 +20,6 @@ from lwcompile.program import Program
 from lwcompile.residual import shape_of
 from lwcompile.site import Site
 
-
 aten = torch.ops.aten
 
 ELEMENTWISE = (

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import config_for, launch
+from lwcompile.backends.triton.kernels.launch import config_for, launch
 
 
 @triton.jit

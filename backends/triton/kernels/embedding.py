@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import config_for, launch
-from .packed import Packed, load_weights
+from lwcompile.backends.triton.kernels.launch import config_for, launch
+from lwcompile.backends.triton.kernels.packed import Packed, load_weights
 
 
 @triton.jit

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import config_for, launch
-from .norm import NORMS, Norm, normalize
-from .packed import Packed, load_weights
+from lwcompile.backends.triton.kernels.launch import config_for, launch
+from lwcompile.backends.triton.kernels.norm import NORMS, Norm, normalize
+from lwcompile.backends.triton.kernels.packed import Packed, load_weights
 
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 
@@ -38,7 +38,9 @@ def activate(y, ACT: tl.constexpr):
 
 
 @triton.jit
-def chunk_dot(values, words, scale, zero, row, rows, chunk, K, CHUNKS, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr):
+def chunk_dot(
+    values, words, scale, zero, row, rows, chunk, K, CHUNKS, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr
+):
     """Products of x's chunks [C, 32] with rows [R] of a weight: float32 [R, C]."""
     codes, factor = load_weights(words, scale, zero, row, rows, chunk, K, CHUNKS, BITS, GROUP, ZERO)
     if GROUP % 32 == 0:
@@ -90,7 +92,20 @@ def gemv_kernel(
 
 
 @triton.jit
-def tile(words, scale, zero, row, rows, chunk, K, CHUNKS, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, dtype: tl.constexpr):
+def tile(
+    words,
+    scale,
+    zero,
+    row,
+    rows,
+    chunk,
+    K,
+    CHUNKS,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """A tile of weights as a product wants it: [C * 32, R] of x's dtype."""
     codes, factor = load_weights(words, scale, zero, row, rows, chunk, K, CHUNKS, BITS, GROUP, ZERO)
     return tl.trans(tl.reshape((codes * factor).to(dtype), (row.shape[0], chunk.shape[0] * 32)))

@@ -1,7 +1,7 @@
 """RMSNorm and LayerNorm over the last dimension, by themselves or with the residual add before them.
 
-    normalize       norm(x)
-    add_normalize   s = x + branch; (s, norm(s)): the stream is written once and not read again
+normalize       norm(x)
+add_normalize   s = x + branch; (s, norm(s)): the stream is written once and not read again
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import config_for, launch
+from lwcompile.backends.triton.kernels.launch import config_for, launch
 
 NORMS = {"rms": 1, "layer": 2}
 

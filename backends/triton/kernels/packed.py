@@ -7,6 +7,7 @@ bits first, so that no code straddles two words: plane p of a row holds `p` word
 (c * p) % 32 .. of word (c * p) // 32. A row takes `bits` words a chunk, whatever the width.
 """
 
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAssignmentType=false
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def load_weights(
     mask = (row < rows)[:, None] & (chunk < CHUNKS)[None, :]
     codes = load_codes(words, row, chunk, mask, CHUNKS, BITS)
     groups = (K + GROUP - 1) // GROUP
-    if GROUP % 32 == 0:
+    if GROUP % 32 == 0:  # noqa: SIM108  (the compiler drops the other branch, whose shape differs)
         group = ((chunk * 32) // GROUP)[:, None]
     else:
         group = (chunk[:, None] * 32 + tl.arange(0, 32)[None, :]) // GROUP

@@ -1,1 +1,2 @@
-"""What a written package holds beside its kernels and graphs; copied as it is, so it knows only torch, triton and safetensors."""
+"""What a written package holds beside its kernels and graphs; copied, so it knows only torch, triton, safetensors and the
+kernels."""

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .kernels.packed import Packed
+from lwcompile.backends.triton.kernels.packed import Packed
 
 HERE = Path(__file__).parent
 
@@ -64,7 +64,9 @@ class Model:
     def decode(self, **inputs: Tensor) -> dict[str, Tensor]:
         return self.run("decode", inputs)
 
-    def step(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: list[Tensor] | None) -> tuple[Tensor, Any]:
+    def step(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: list[Tensor] | None
+    ) -> tuple[Tensor, Any]:
         """Advance B sequences by S tokens: the last position's logits, float32 [B, vocabulary], and the longer cache.
 
         input_ids, position_ids: int64 [B, S]. attention_mask: int64 [B, P + S], 0 at padding. cache: of the last call, or None.
