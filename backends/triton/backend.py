@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from lwcompile.backends.onnx.samples import cases
 from torch import Tensor
 
 from lwcompile.backends.triton.emit import HERE, check_weights, write_package
@@ -27,6 +26,7 @@ from lwcompile.backends.triton.parity import Case, device, run_package
 from lwcompile.contract import Backend, FusionGroup, Parity, StoredTensor
 from lwcompile.errors import BadInput, Refused, VerificationError
 from lwcompile.manager import relative_error
+from lwcompile.samples import cases
 
 if TYPE_CHECKING:
     from lwcompile.context import Context
