@@ -172,4 +172,4 @@ def choice_from_json(body: dict[str, Any]) -> Choice:
     damage = math.nan if body["damage"] is None else float(body["damage"])
     shares = tuple((own, source) for own, source in body.get("shares", ()))
     read = {"option": Spec.parse(body["option"]), "damage": damage, "structural": structural and Spec.parse(structural)}
-    return Choice(**body | read | {"shares": shares})
+    return Choice(**body | read | {"shares": shares})  # type: ignore

@@ -1,5 +1,7 @@
 """torch.compile(model, backend="layerwise"): the same function as the module, under changing sizes, weights, types and caches."""
 
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import logging

@@ -126,7 +126,7 @@ def test_ranks():
         LowRank(rank=4).check(program.main, find_structure(program).sites["head"])
     for bad in ({"rank": 0}, {"ratio": 1.5}, {"rank": 3, "effective": 1.0}, {"importance": 2.0}):
         with pytest.raises(BadPlan):
-            LowRank(**bad)
+            LowRank(**bad)  # type: ignore
 
 
 # --- joint with a numeric format
@@ -228,7 +228,7 @@ def test_a_correction_lowers_the_error_and_counts_its_bytes():
         executor, fed = Executor(changed), Executor(program).input_of(site.node)
         values = executor.advance({fed: x}, executor.position(fed) + 1, executor.position(site.node) + 1)
         error = program.main.tensor(weight) - values[site.node][0].T
-        errors.append(torch.trace(error @ stats.hessian @ error.T).item())
+        errors.append(torch.trace(error @ stats.hessian @ error.T).item())  # type: ignore
     assert errors[0] > 1.3 * errors[1] > 1.3 * errors[2]
     with pytest.raises(Refused, match="correction of rank 40 holds"):
         Quantize(rank=40).check(program.main, site)
@@ -260,7 +260,7 @@ def test_decoding_and_onnx_hold(option, tmp_path):
     program = llama_program()
     ctx = known(program)
     sites = [s.id for s in ctx.find_structure(program).of_kind("linear") if s.id != "head"]
-    compressed = apply_plan(program, dict.fromkeys(sites, option.parts), ctx.find_structure(program), ctx)
+    compressed = apply_plan(program, dict.fromkeys(sites, option.parts), ctx.find_structure(program), ctx)  # type: ignore
     assert not [r for r in ctx.remarks if r.kind == "refused"]
     derive_decode(compressed.main)  # raises where decoding step by step differs
     pytest.importorskip("onnxruntime")

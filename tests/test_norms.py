@@ -142,7 +142,7 @@ class Frozen(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         others, first = self.constants
         x = x - x.mean(-1, keepdim=True) if self.centred else x
-        x = x / (others if self.first is None or x.ndim != 3 else torch.where(self.first, first, others)[..., None]) * self.gain
+        x = x / (others if self.first is None or x.ndim != 3 else torch.where(self.first, first, others)[..., None]) * self.gain  # type: ignore
         return x if self.shift is None else x + self.shift
 
 
@@ -166,7 +166,7 @@ def freeze_by_hand(model: nn.Module, example: dict[str, Any], own: bool) -> None
     seen: dict[str, torch.Tensor] = {}
     norms = norms_of(model)
     hooks = [
-        m.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].double()))
+        m.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].double()))  # type: ignore
         for name, m in norms.items()
     ]
     model(**example)

@@ -118,7 +118,7 @@ def _is_stored(node: fx.Node, value: Tensor) -> bool:
 def _source(node: fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
-    return name() if callable(name) else str(name)
+    return name() if callable(name) else str(name)  # type: ignore
 
 
 def _name(node: fx.Node) -> str:
@@ -234,7 +234,7 @@ def _sharing(graph: ModelGraph) -> set[frozenset[str]]:
     places = [(name, node) for name, node in graph.input_nodes().items()]
     places += list(zip(graph.outputs, graph.output_node.args[0]))  # type: ignore[arg-type]
     memory: dict[int, list[str]] = {}
-    for name, node in places:
+    for name, node in places:  # type: ignore
         value = node.meta.get("val") if isinstance(node, fx.Node) else None
         if isinstance(value, Tensor):
             memory.setdefault(value.untyped_storage()._cdata, []).append(name)

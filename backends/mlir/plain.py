@@ -29,7 +29,7 @@ def plain(graph: ModelGraph) -> ModelGraph:
         key = tuple(made.tensors[str(a.target)] if isinstance(a, fx.Node) else a for a in node.args)
         if key not in done:
             with made.graph.inserting_before(node):
-                done[key] = _weight(_Builder(made, node.meta.get("path", "")), *node.args)
+                done[key] = _weight(_Builder(made, node.meta.get("path", "")), *node.args)  # type: ignore
         node.replace_all_uses_with(done[key])
     made.prune()
     made.propagate()

@@ -231,7 +231,7 @@ def _calls(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Graph]]:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        kind = repr((node.target, fx.map_arg((node.args, node.kwargs), lambda n: _Type(n.meta.get("val")))))
+        kind = repr((node.target, fx.map_arg((node.args, node.kwargs), lambda n: _Type(n.meta.get("val")))))  # type: ignore
         if kind in seen:
             continue
         seen.add(kind)

@@ -102,11 +102,11 @@ class _Finder:
                     continue
                 gate = act.args[0]
                 products = all(isinstance(n, fx.Node) and n.target is aten.linear.default for n in (gate, up))
-                if not products or any(len(n.users) != 1 for n in (act, gate, up)):
+                if not products or any(len(n.users) != 1 for n in (act, gate, up)):  # type: ignore
                     continue
-                (x, a, bias_a), (y, b, bias_b) = _linear_args(gate), _linear_args(up)
+                (x, a, bias_a), (y, b, bias_b) = _linear_args(gate), _linear_args(up)  # type: ignore
                 if x is y and bias_a is bias_b is None and self.is_packed(a) and self.is_packed(b):
-                    self.add("gated", mul, (gate, act, up, mul), x=x, weight=a, up=b, activation=name)
+                    self.add("gated", mul, (gate, act, up, mul), x=x, weight=a, up=b, activation=name)  # type: ignore
                     break
 
     def merge(self) -> None:
@@ -251,7 +251,7 @@ def _rotated(node: fx.Node) -> Iterator[tuple[tuple[fx.Node, ...], fx.Node, fx.N
         for turned, sin in (right.args[:2], right.args[1::-1]):  # type: ignore[union-attr]
             for x, cos in (left.args[:2], left.args[1::-1]):  # type: ignore[union-attr]
                 parts = _half_turn(turned, x)
-                if parts is not None and isinstance(cos, fx.Node) and isinstance(sin, fx.Node) and _broadcasts(x, cos, sin):
+                if parts is not None and isinstance(cos, fx.Node) and isinstance(sin, fx.Node) and _broadcasts(x, cos, sin):  # type: ignore
                     yield (*parts, left, right, node), x, cos, sin  # type: ignore[misc]
 
 
@@ -264,7 +264,7 @@ def _half_turn(node: Any, x: Any) -> tuple[fx.Node, ...] | None:
         return None
     high, low = pieces[0].args[0], pieces[1]  # type: ignore[index]
     spans = ((high, width // 2, width), (low, 0, width // 2))
-    if width % 2 or any(n.target is not aten.slice.Tensor or n.args[0] is not x or len(n.users) != 1 for n, _, _ in spans):
+    if width % 2 or any(n.target is not aten.slice.Tensor or n.args[0] is not x or len(n.users) != 1 for n, _, _ in spans):  # type: ignore
         return None
     for piece, start, end in spans:
         axis, first, last = (*piece.args[1:], 0, 0, 1 << 62)[:3]  # type: ignore[assignment]

@@ -49,7 +49,7 @@ def read_norm(node: fx.Node) -> Norm:
     centred = node.target is aten.layer_norm.default
     names = ("input", "normalized_shape", "weight", *(["bias"] if centred else []), "eps")
     given = dict(zip(names, node.args)) | dict(node.kwargs)
-    if len(given["normalized_shape"]) != 1:
+    if len(given["normalized_shape"]) != 1:  # type: ignore
         raise Refused("it is a norm over several dimensions")
     stored = [given.get("weight"), given.get("bias")]
     if any(isinstance(s, fx.Node) and s.op != "get_attr" for s in stored):
@@ -58,7 +58,7 @@ def read_norm(node: fx.Node) -> Norm:
     eps = given.get("eps", 1e-5 if centred else None)
     if eps is None:  # what torch takes for an RMSNorm that states none
         eps = torch.finfo(node.meta["val"].dtype).eps
-    return Norm(node, given["input"], centred, float(eps), gain, shift)
+    return Norm(node, given["input"], centred, float(eps), gain, shift)  # type: ignore
 
 
 def readers(graph: ModelGraph, norm: Norm) -> list[fx.Node]:
