@@ -170,6 +170,7 @@ def choice_to_json(choice: Choice) -> dict[str, Any]:
 def choice_from_json(body: dict[str, Any]) -> Choice:
     structural = body.get("structural")
     damage = math.nan if body["damage"] is None else float(body["damage"])
-    shares = tuple((own, source) for own, source in body.get("shares", ()))
-    read = {"option": Spec.parse(body["option"]), "damage": damage, "structural": structural and Spec.parse(structural)}
-    return Choice(**body | read | {"shares": shares})  # type: ignore
+    body = body | {"shares": tuple((own, source) for own, source in body.get("shares", ()))}
+    return Choice(
+        **body | {"option": Spec.parse(body["option"]), "damage": damage, "structural": structural and Spec.parse(structural)}
+    )

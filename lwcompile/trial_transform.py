@@ -93,6 +93,7 @@ class TransformTrial:
         copy = program.copy()
         try:
             self.transform.check(copy.entries[site.entry], site)
+            require(copy.digest() == program.digest(), "`check` edits the graph")
             needs = self.transform.needs(copy.entries[site.entry], site, structure)
             named = {*needs.kept, *needs.shared, *needs.shared.values()}
             require(named <= structure.sites.keys(), f"its needs() names {min(named - structure.sites.keys(), default='')!r}")
@@ -100,7 +101,7 @@ class TransformTrial:
         except Refused as refusal:
             require(refusal.reason.strip(), "it refuses without a reason")
             reason = refusal.reason
-        require(copy.digest() == program.digest(), "`check` or `needs` edits the graph")
+        require(copy.digest() == program.digest(), "a refusing `check`, or `needs`, edits the graph")
         copy.store.check(copy.keys(), deep=True)
         return reason
 

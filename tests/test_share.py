@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from test_drop import build, capture, outputs_differ
+from test_real import WHEELS
 from torch import nn
 
 from lwcompile.apply import SequentialPrefix, apply_plan, places
@@ -309,3 +310,28 @@ def test_what_a_shared_weight_carries_does_its_damage_twice() -> None:
         assert any("conflict" in v.message for v in table.violations({"block2": (near,), **taken})), taken
         assert not table.violations({"block2": (far,), **taken})
     assert type(table).from_json(table.to_json()) == table
+
+
+# --- a trained model
+
+
+def test_sharing_equals_the_trained_module_copied_by_hand() -> None:
+    """SmolLM2: a block with its own norms, an MLP re-used with its norm, a whole residual."""
+    from test_real import _in_order, example, real
+
+    source, program = real("smollm2"), pipeline.capture(WHEELS["smollm2"]())
+    assert isinstance(source.model, nn.Module)
+    inputs = _in_order(program, {**example(source), "use_cache": False})
+    steps = (("block12", Share()), ("block20.mlp", Share(-1, "source")))
+    shared = share(program, *steps)
+    relaxed = share(program, ("block12", Share(rank=10**6)))
+    values = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    assert relative_error(Executor(program).run(values)["logits"], Executor(relaxed).run(values)["logits"]) < 1e-5
+    layers: Any = source.model.model.layers  # type: ignore[union-attr]
+    for kind, into, norms in (("block", 12, "own"), ("mlp", 20, "source")):
+        copy_by_hand("llama", layers, kind, into, into - 1, norms)
+    assert outputs_differ(shared, source.model, inputs) < 1e-5
+    assert outputs_differ(program, source.model, inputs) > 1e-2
+    block = sum(p.numel() for n, p in layers[12].named_parameters() if p.ndim > 1)
+    mlp = sum(p.numel() for p in (*layers[20].mlp.parameters(), *layers[20].post_attention_layernorm.parameters()))
+    assert program.parameter_count() - shared.parameter_count() == block + mlp

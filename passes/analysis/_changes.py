@@ -54,6 +54,10 @@ class Changes:
         transform = self.ctx.transform(option)
         if self.solver is not None and hasattr(transform, "solver"):
             option = Spec(option.name, (*(a for a in option.args if a[0] != "solver"), ("solver", self.solver)))
+        if transform.replaces:
+            return {
+                job: f"{option} puts other weights in the place of these: too large a change for second order" for job, _ in jobs
+            }
         refused: dict[int, str] = {}
         if transform.replaces:
             return dict.fromkeys(

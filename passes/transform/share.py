@@ -9,7 +9,8 @@ K blocks is a plan in which block K + i shares block i (`source=-K`; with a rank
 
 Source: FoldGPT (arXiv 2407.00928) for blocks with norms of their own; Skrr (arXiv 2502.08690) for the re-use of a sublayer in the
 place of a removed one, there with `norms=source`; Relaxed Recursive Transformers (arXiv 2410.20672) for low-rank residuals.
-Cost: none; with a rank, an SVD of each weight, and two thin products each time it runs.
+Cost: none; with a rank, an SVD of each weight, and two thin products each time it runs. Second-order analyses do not price it:
+add `measured{only=share}`.
 Refuses: a source that is not there or has other operators or shapes, and weights that are read elsewhere too.
 """
 
@@ -136,7 +137,7 @@ class Share(TransformPass):
     def _relax(self, graph: ModelGraph, mine: Read, theirs: Read, site: Site) -> None:
         """Beside a linear, the residual of its own weight: B = U_r S_r and A = V_r^T of its SVD."""
         own, other = (graph.tensor(read.names[0]) for read in (mine, theirs))
-        u, s, vh = torch.linalg.svd((own - other).to(torch.float64 if own.dtype == torch.float64 else torch.float32))
+        u, s, vh = torch.linalg.svd(own.double() - other.double(), full_matrices=False)
         rank = min(self.rank, len(s))
         call = mine.call
         with graph.graph.inserting_after(call):
