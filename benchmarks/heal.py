@@ -41,17 +41,17 @@ CASES = {
     "3 bits": Case(
         "smollm2",
         {"linear": "quantize{bits=3,group_size=64,solver=rtn}"},
-        ("distill{steps=100,train=norms}", "distill{steps=100}"),
+        ("distill{steps=32,lr=0.004,batch=1,accumulate=1,every=16}",),
     ),
     "4 sublayers dropped": Case(
         "smollm2",
         {"block10.attention": "drop", "block13.attention": "drop", "block16.mlp": "drop", "block20.attention": "drop"},
-        ("distill{steps=100,train=norms}", "distill{steps=100,train=changed}"),
+        ("distill{steps=32,train=norms,lr=0.004,batch=1,accumulate=1,every=16}",),
     ),
     "MiniLM, 3 bits": Case(
         "minilm",
         {"linear": "quantize{bits=3,group_size=64,solver=rtn}"},
-        ("distill{steps=100,train=norms}", "distill{steps=100}", "distill{steps=100,hidden=1.0}"),
+        ("distill{steps=100,train=norms}", "distill{steps=50,accumulate=1}", "distill{steps=50,accumulate=1,lr=0.01}"),
         samples=512,
         seqlen=32,
     ),

@@ -120,14 +120,14 @@ def pipeline_calls(monkeypatch) -> list[tuple[str, Any, dict[str, Any]]]:
 def test_flags_become_the_settings_of_the_pipeline(pipeline_calls):
     line = (
         "export out/model.onnx --model m --recipe fast --bits 4.25 --drop-sublayers 2 --max-kl 0.3 --dataset d --samples 7 "
-        "--seqlen 64 --metric kl --device cpu --run-dir r --seed 3 --backend onnx"
+        "--seqlen 64 --metric kl --device cpu --run-dir r --seed 3 --backend onnx --heal distill{steps=9}"
     )
     assert cli.run([*line.split(), "--max-size", "45 MB"]) == 0
     [(name, path, words)] = pipeline_calls
     assert (name, path) == ("export", Path("out/model.onnx"))
     assert words == {
         "recipe": "fast", "plan": None, "avg_bits": 4.25, "max_bytes": 45_000_000, "drop_sublayers": 2, "max_kl": 0.3,
-        "dataset": "d", "samples": 7, "seqlen": 64,
+        "heal": "distill{steps=9}", "dataset": "d", "samples": 7, "seqlen": 64,
         "metric": "kl", "device": "cpu", "seed": 3, "backend": "onnx", "run_dir": Path("r"),
     }  # fmt: skip
     assert pipeline.Settings(**words).resolved().budget.to_dict() == {"bytes": 45_000_000, "avg_bits": 4.25, "drop_sublayers": 2}

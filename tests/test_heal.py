@@ -165,6 +165,25 @@ def test_tied_tensors_stay_tied_and_gains_of_ones_do_not_become_tied() -> None:
     assert len({healed.main.tensors[n] for n in tied}) == 1 and set(tied) & differing(program, healed)
 
 
+def test_an_encoder_and_its_decoder_are_healed_together() -> None:
+    from tiny import ids, pair
+
+    from lwcompile.data import CalibrationSet
+
+    dense = pair()[2]
+    program, generator = dense.copy(), torch.Generator().manual_seed(0)
+    for graph in program.entries.values():
+        for name in list(graph.tensors):
+            graph.set_tensor(name, graph.tensor(name) + 0.1 * torch.randn(graph.tensor(name).shape, generator=generator))
+    samples = {"input_ids": ids(16, 7), "decoder_input_ids": ids(16, 5, seed=2)}
+    ctx = Context(CalibrationSet(samples, "text", "random ids"), metric=Kl(), structure=find_structure(dense))
+    healed = program.copy()
+    done = Manager(ctx).heal(healed, dense, Distill(steps=20, every=5, lr=0.01, train="all", batch=4))
+    assert done is not None and done.damages[-1][1] < 0.8 * done.damages[0][1]
+    for entry, graph in healed.entries.items():
+        assert all(key != program.entries[entry].tensors[name] for name, key in graph.tensors.items())
+
+
 def test_adapters_are_known_by_their_shape() -> None:
     dense = llama_program()
     program = dense.copy()
@@ -287,7 +306,7 @@ def test_without_held_out_samples_the_last_step_is_kept_unless_it_ran_away() -> 
     healed, done = heal(dense, program, Distill(steps=6, lr=0.01, batch=4, held_out=0.0, precision="bfloat16"))
     assert done.kept == done.steps == 6 and not done.damages and damage(dense, healed) < damage(dense, program)
     with pytest.raises(Refused, match="diverged"):
-        Distill(steps=3, lr=1e39, batch=4, held_out=0.0, warmup=0.0).heal(program.copy(), dense, context(dense))
+        Distill(steps=3, lr=3e37, train="norms", batch=4, held_out=0.0, warmup=0.0).heal(program.copy(), dense, context(dense))
 
 
 def test_no_gain_keeps_the_program_and_stops_early() -> None:
@@ -449,3 +468,24 @@ def test_a_healer_is_named_with_its_line() -> None:
     run_ = pipeline.session(llama_program(), pipeline.Settings(recipe=Recipe.parse("heal: drop")))
     with pytest.raises(BadPlan, match=r"recipe.yaml:1: drop is no healer"):
         run_.heal(llama_program())
+
+
+def test_the_command_line_says_it_too() -> None:
+    from lwcompile.cli.flags import Healing as Flags
+    from lwcompile.cli.flags import settings
+    from lwcompile.errors import BadInput
+    from lwcompile.recipe import Recipe
+
+    recipe = Recipe.parse("heal: distill{steps=7}")
+    for given, wanted in ((Flags(), "distill{steps=7}"), (Flags(heal="distill"), "distill"), (Flags(no_heal=True), None)):
+        healer = pipeline.Settings(recipe=recipe, **settings(healing=given)).resolved().heal
+        assert (healer and str(healer)) == wanted
+    with pytest.raises(BadInput, match="--heal and --no-heal"):
+        settings(healing=Flags("distill", True))
+
+
+def test_a_dry_run_counts_it() -> None:
+    from lwcompile.estimate import estimate
+
+    seconds = [estimate(llama_program(), heal=heal).seconds.get("healing") for heal in (False, "distill")]
+    assert seconds[0] is None and seconds[1] is not None
