@@ -30,6 +30,8 @@ from lwcompile.registry import make
 from lwcompile.session import Session
 from lwcompile.spec import Spec
 from lwcompile.structure import find_structure
+from lwcompile.testing import check_pass
+from lwcompile.tiny import programs
 
 JOINT = Spec.parse("low_rank{rank=8} + quantize{bits=4,group_size=16}")
 
@@ -124,9 +126,10 @@ def test_ranks():
         LowRank(rank=22).check(program.main, site)
     with pytest.raises(Refused, match="also read by"):
         LowRank(rank=4).check(program.main, find_structure(program).sites["head"])
+    bad: dict[str, Any]
     for bad in ({"rank": 0}, {"ratio": 1.5}, {"rank": 3, "effective": 1.0}, {"importance": 2.0}):
         with pytest.raises(BadPlan):
-            LowRank(**bad)  # type: ignore
+            LowRank(**bad)
 
 
 # --- joint with a numeric format
@@ -217,6 +220,7 @@ def test_a_correction_lowers_the_error_and_counts_its_bytes():
     site = find_structure(program).sites["block1.mlp.down_proj"]
     ctx, weight = known(program), str(site.weight)
     stats = ctx.stats_of(program.main, site, Wanted(0.5))
+    assert stats is not None
     errors = []
     for rank in (0, 4, 8):
         option = Quantize(bits=2, group_size=16, rank=rank)
@@ -228,7 +232,7 @@ def test_a_correction_lowers_the_error_and_counts_its_bytes():
         executor, fed = Executor(changed), Executor(program).input_of(site.node)
         values = executor.advance({fed: x}, executor.position(fed) + 1, executor.position(site.node) + 1)
         error = program.main.tensor(weight) - values[site.node][0].T
-        errors.append(torch.trace(error @ stats.hessian @ error.T).item())  # type: ignore
+        errors.append(torch.trace(error @ stats.hessian @ error.T).item())
     assert errors[0] > 1.3 * errors[1] > 1.3 * errors[2]
     with pytest.raises(Refused, match="correction of rank 40 holds"):
         Quantize(rank=40).check(program.main, site)
@@ -252,7 +256,12 @@ def test_a_correction_is_the_best_of_its_rank():
     assert FACTORS.bits == 8
 
 
-# --- what comes after
+# --- the contract, and what comes after
+
+
+@pytest.mark.parametrize("name", ["low_rank", "prune_mlp", "quantize{bits=3,group_size=16,rank=4,solver=rtn}"])
+def test_contract(name: str):
+    check_pass(make("passes", Spec.parse(name)), programs()["decoder"])
 
 
 @pytest.mark.parametrize("option", [JOINT, Spec.parse("quantize{bits=4,group_size=16,rank=4}")])
@@ -260,7 +269,7 @@ def test_decoding_and_onnx_hold(option, tmp_path):
     program = llama_program()
     ctx = known(program)
     sites = [s.id for s in ctx.find_structure(program).of_kind("linear") if s.id != "head"]
-    compressed = apply_plan(program, dict.fromkeys(sites, option.parts), ctx.find_structure(program), ctx)  # type: ignore
+    compressed = apply_plan(program, {id: option.parts for id in sites}, ctx.find_structure(program), ctx)
     assert not [r for r in ctx.remarks if r.kind == "refused"]
     derive_decode(compressed.main)  # raises where decoding step by step differs
     pytest.importorskip("onnxruntime")

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_drop import build, capture
+from test_drop import build, capture, outputs_differ
+from test_real import _in_order, example, real
 from tiny import calibration, ids, llama, llama_program
 from torch import nn
 
@@ -20,6 +21,7 @@ from lwcompile.manager import Manager, relative_error
 from lwcompile.metric import Kl, sample_labels
 from lwcompile.passes.transform._neurons import find_mlp, taylor_scores
 from lwcompile.passes.transform.prune_mlp import PruneMlp
+from lwcompile.pipeline import capture as capture_program
 from lwcompile.plans import Plan
 from lwcompile.program import Program
 from lwcompile.recipe import Recipe
@@ -196,3 +198,20 @@ def test_solvers_know_what_the_kept_neurons_put_out() -> None:
     direct = ctx.input_stats(changed, [down], importance=0.5)[down.id]
     assert derived is not None
     torch.testing.assert_close(derived.hessian, direct.hessian, rtol=1e-4, atol=1e-5)
+
+
+def test_pruning_the_real_model_equals_the_module_with_rows_and_columns_deleted() -> None:
+    source = real("smollm2")
+    program, model = capture_program(source), source.model
+    site = find_structure(program).sites["block7.mlp"]
+    changed = program.copy()
+    ctx = Context(program=program, structure=find_structure(program))
+    assert Manager(ctx).transform(changed, [(site, PruneMlp(0.5, "energy"))])
+    old, new = (g.tensor("model.layers.7.mlp.up_proj.weight") for g in (program.main, changed.main))
+    energy = program.main.tensor("model.layers.7.mlp.down_proj.weight").square().sum(0)
+    kept = energy.argsort(descending=True)[:768].sort().values
+    assert torch.equal(new, old[kept])
+    given = _in_order(changed, {**example(source), "use_cache": False})
+    delete("llama", *linears_of("llama", model.model.layers[7]), kept, None)  # type: ignore[union-attr,index]
+    assert outputs_differ(changed, model, given) < 1e-5  # type: ignore[arg-type]
+    assert outputs_differ(program, model, given) > 1e-4  # type: ignore[arg-type]
