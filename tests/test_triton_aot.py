@@ -19,6 +19,7 @@ HARDEST = (
     "embedding, 3 bits",
     "LayerNorm with residual add",
     "rotary, heads of 128",
+    "attention, S = 1, heads of 128",
     "attention, S = 4096, heads of 128",
 )
 

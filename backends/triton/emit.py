@@ -117,7 +117,7 @@ class Function:
         lines = [
             f'"""{model}: the entry point `{entry}`, one line a call; kernels where `kernels/` has one, torch elsewhere."""',
             "", "from __future__ import annotations", "",
-            *(line for line in _IMPORTS if any(word in s.text for s in kept for word in (f"{line.split()[-1]}.",))),
+            *(f"import {module}" for module in ("math", "operator") if any(f"{module}." in s.text for s in kept)),
             "import torch", "",
             "from .dense import attend, dense_linear", "from .kernels.attention import attention",
             "from .kernels.embedding import embedding", "from .kernels.linear import gated, linear",
@@ -151,8 +151,7 @@ class Function:
         read = [n for n in a.values() if isinstance(n, fx.Node)]
         reads = tuple(n for n in read if not self.is_inline(n) and n not in group.makes)
         v = {key: self.render(value) for key, value in a.items() if key not in ("norm", "weights", "biases", "weight", "up")}
-        norm = f"Norm({a['norm']['kind']!r}, {self.read(a['norm']['gain'])}, {self.read(a['norm']['shift'])}, {a['norm']['eps']!r})" \
-            if "norm" in a else ""  # fmt: skip
+        norm = self.norm(a["norm"]) if "norm" in a else ""
         optional = [f"norm={norm}"] if norm else []
         optional += [f"activation={a['activation']!r}"] if group.kernel == "linear" and a.get("activation") else []
         optional += [f"residual={v['residual']}"] if a.get("residual") is not None else []
@@ -161,15 +160,13 @@ class Function:
             call = f"linear({', '.join([v['x'], self.weight(a['weight']), *bias, *optional])})"
         elif group.kernel == "linears":
             target = ", ".join(self.names[n] for n in group.nodes)
-            biases = [f"w[{self.stored.joined(self.graph, a['biases'])!r}]"] if a["biases"][0] is not None else []
-            self.stored.cast |= {b[3:-2] for b in biases}
+            biases = [self.joined(a["biases"])] if a["biases"][0] is not None else []
             weight = f"w[{self.stored.weight(self.graph, a['weights'])!r}]"
             rows = [n.meta["val"].shape[-1] for n in group.nodes]
             call = f"linear({', '.join([v['x'], weight, *biases, *optional])}).split({rows}, -1)"
         elif group.kernel == "gated":
-            call = (
-                f"gated({', '.join([v['x'], self.weight(a['weight']), self.weight(a['up']), repr(a['activation']), *optional])})"
-            )
+            both = (self.weight(a["weight"]), self.weight(a["up"]))
+            call = f"gated({', '.join([v['x'], *both, repr(a['activation']), *optional])})"
         elif group.kernel == "embedding":
             call = f"embedding({self.weight(a['weight'])}, {v['ids']}, w.dtype)"
         elif group.kernel == "norm" and "total" in a:
@@ -201,9 +198,10 @@ class Function:
             return f"{args[0]} {_INFIX[function]} {args[1]}"
         if module == "operator" and function == "getitem":
             return f"{args[0]}[{args[1]}]"
-        name = (
-            name if module in ("aten", "math", "operator", "torch") else function if module == "builtins" else f"torch.ops.{name}"
-        )
+        if module == "builtins":
+            name = function
+        elif module not in ("aten", "math", "operator", "torch"):
+            name = f"torch.ops.{name}"
         return f"{name}({', '.join(args + named)})"
 
     # --- values
@@ -214,6 +212,14 @@ class Function:
 
     def weight(self, node: fx.Node) -> str:
         return f"w[{self.stored.weight(self.graph, [node])!r}]"
+
+    def joined(self, vectors: Sequence[fx.Node]) -> str:
+        name = self.stored.joined(self.graph, vectors)
+        self.stored.cast.add(name)
+        return f"w[{name!r}]"
+
+    def norm(self, norm: Mapping[str, Any]) -> str:
+        return f"Norm({norm['kind']!r}, {self.read(norm['gain'])}, {self.read(norm['shift'])}, {norm['eps']!r})"
 
     def read(self, node: fx.Node | None) -> str:
         """A stored tensor that follows the activations' dtype."""
@@ -236,9 +242,6 @@ class Function:
         if isinstance(value, float) and value in (float("inf"), float("-inf")):
             return f"float('{value}')"
         return str(value) if isinstance(value, torch.dtype | torch.layout | torch.memory_format) else repr(value)
-
-
-_IMPORTS = ("import math", "import operator")
 
 
 def _path(node: fx.Node) -> str:

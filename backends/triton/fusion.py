@@ -113,7 +113,8 @@ class _Finder:
         """Bare products of one input become one product, if no other call reads their weights: then they are stored as one."""
         by_input: dict[tuple[Any, ...], list[Group]] = {}
         for group in self.groups.values():
-            if group.kernel == "linear" and group.nodes == (group.root,) and self.is_alone(group.args["weight"]):
+            bare = group.kernel == "linear" and group.nodes == (group.root,) and self.is_alone(group.args["weight"])
+            if bare and (group.args["bias"] is None or _is_stored(group.args["bias"])):
                 key = (group.args["x"], self.format_of(group.args["weight"]), group.args["bias"] is None)
                 by_input.setdefault(key, []).append(group)
         for (x, *_), groups in by_input.items():
@@ -231,16 +232,20 @@ def _added(node: fx.Node, value: fx.Node) -> fx.Node | None:
 
 
 def _norm(node: fx.Node) -> Mapping[str, Any] | None:
-    """Kind, gain, shift and epsilon of a norm over the last dimension with a gain of its own."""
+    """Kind, gain, shift and epsilon of a norm over the last dimension whose gain (and shift) is stored."""
     if len(node.args[1]) != 1:  # type: ignore[arg-type]
         return None
     kind = "rms" if node.target is aten.rms_norm.default else "layer"
     given = dict(zip(("weight", "bias", "eps") if kind == "layer" else ("weight", "eps"), node.args[2:])) | dict(node.kwargs)
     gain, shift = given.get("weight"), given.get("bias")
     eps = given.get("eps", 1e-5 if kind == "layer" else None)
-    if not isinstance(gain, fx.Node) or not isinstance(eps, int | float):
+    if not _is_stored(gain) or not (shift is None or _is_stored(shift)) or not isinstance(eps, int | float):
         return None
     return {"kind": kind, "gain": gain, "shift": shift, "eps": float(eps)}
+
+
+def _is_stored(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
 def _rotated(node: fx.Node) -> Iterator[tuple[tuple[fx.Node, ...], fx.Node, fx.Node, fx.Node]]:

@@ -49,8 +49,8 @@ def attention_kernel(
             end = tl.minimum(keys, first + BLOCK_S + keys - queries + window - 1)
     for t0 in range(start, end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
-        at = batch * k_batch + (mine // times) * k_head + t[None, :] * k_row + d[:, None]
-        key = tl.load(k + at, mask=(t < keys)[None, :] & (d < WIDTH)[:, None], other=0.0)
+        k_at = batch * k_batch + (mine // times) * k_head + t[None, :] * k_row + d[:, None]
+        key = tl.load(k + k_at, mask=(t < keys)[None, :] & (d < WIDTH)[:, None], other=0.0)
         is_open = (t < keys)[None, :] & (s < queries)[:, None]
         if CAUSAL:
             is_open &= t[None, :] <= place[:, None]
@@ -63,8 +63,8 @@ def attention_kernel(
         highest = tl.maximum(top, tl.max(scores, 1))
         weights = tl.where(is_open, tl.exp(scores - highest[:, None]), 0.0)
         keep = tl.exp(top - highest)
-        at = batch * v_batch + (mine // times) * v_head + t[:, None] * v_row + e[None, :]
-        value = tl.load(v + at, mask=(t < keys)[:, None] & (e < VALUE)[None, :], other=0.0)
+        v_at = batch * v_batch + (mine // times) * v_head + t[:, None] * v_row + e[None, :]
+        value = tl.load(v + v_at, mask=(t < keys)[:, None] & (e < VALUE)[None, :], other=0.0)
         made = made * keep[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         total = total * keep + tl.sum(weights, 1)
         top = highest
@@ -86,11 +86,13 @@ def attention(
     if not y.numel():
         return y
     query, key = (t.to(value.dtype) for t in (query, key))
+    if padding is not None and padding.dtype == torch.bool:
+        padding = padding.to(torch.uint8)
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     config = config_for("attention", query.device, queries, max(width, value_width), keys)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     args = (
-        query, key, value, query if padding is None else padding.to(torch.int32).contiguous(), y,
+        query, key, value, query if padding is None else padding.contiguous(), y,
         1 / math.sqrt(width) if scale is None else scale, heads, heads // key.shape[1], queries, keys, *strides, window or 0,
     )  # fmt: skip
     launch(

@@ -54,7 +54,7 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Mapping[str, int], *args:
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[grid](*args, **constants, **config)
+            kernel[grid](*args, **constants, **config, enable_fp_fusion=True)  # newer versions of triton leave it off
         return
     if not INTERPRETED:
         raise RuntimeError("these kernels run on a GPU, or anywhere with TRITON_INTERPRET=1 set before Python starts")
