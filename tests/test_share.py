@@ -15,6 +15,7 @@ from test_drop import build, capture, outputs_differ
 from test_real import WHEELS
 from torch import nn
 
+from lwcompile import pipeline
 from lwcompile.apply import SequentialPrefix, apply_plan, places
 from lwcompile.choices import Damages, build_table, offer
 from lwcompile.context import Context
