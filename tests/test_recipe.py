@@ -114,7 +114,7 @@ def test_unknown_plugins_are_named_with_their_line() -> None:
 
 
 def test_shipped_recipes(tmp_path: Path) -> None:
-    assert shipped() == ["balanced", "best", "fast", "quality"]
+    assert shipped() == ["balanced", "best", "fast", "quality", "transformers"]
     for name in shipped():
         recipe = Recipe.named(name)
         assert recipe.offered("block0.mlp.up", "linear") and recipe.budget.sized and recipe.analyses and recipe.description
