@@ -100,14 +100,14 @@ def test_the_backend_is_found_by_name_alone():
 
 
 def test_sizes_change_without_a_storm(graphs):
-    model, c = llama(), compiled(llama())
+    model, c = llama(layers=2), compiled(llama(layers=2))
     for shape in ((2, 9), (3, 11), (5, 7), (4, 20), (2, 13)):
         assert relative_error(logits(model, ids(*shape)), logits(c, ids(*shape))) < 1e-5
     assert len(graphs) == 2  # one for the first sizes, one for all
 
 
 def test_twice_in_one_process(graphs):
-    first, second = fresh_llama(), fresh_llama(seed=1)
+    first, second = fresh_llama(layers=2), fresh_llama(layers=2, seed=1)
     a, b = compiled(first), compiled(second)
     x = ids(2, 9)
     for _ in range(2):
@@ -117,14 +117,14 @@ def test_twice_in_one_process(graphs):
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
 def test_without_gradients(mode, graphs):
-    model, x = llama(), ids(2, 9)
+    model, x = llama(layers=2), ids(2, 9)
     with getattr(torch, mode)():
         assert relative_error(model(x).logits, compiled(model)(x).logits) < 1e-5
     assert len(graphs) == 1
 
 
 def test_bf16(graphs):
-    model, x = fresh_llama().bfloat16(), ids(2, 9)
+    model, x = fresh_llama(layers=2).bfloat16(), ids(2, 9)
     assert relative_error(logits(model, x), logits(compiled(model), x)) < 0.05
     assert len(graphs) == 1
 
@@ -174,7 +174,7 @@ def test_what_is_written_into_inputs_and_handed_through():
 
 @pytest.mark.parametrize("change", ["in place", "data", "replaced", "loaded"])
 def test_a_changed_weight_is_noticed(change, graphs, caplog):
-    model, x = fresh_llama(), ids(2, 9)
+    model, x = fresh_llama(layers=2), ids(2, 9)
     c = compiled(model)
     before = logits(c, x)
     linear = model.model.layers[1].mlp.down_proj
@@ -202,7 +202,7 @@ def test_a_changed_weight_is_noticed(change, graphs, caplog):
 
 
 def test_training_gets_its_gradients(caplog, graphs):
-    model, x = fresh_llama(), ids(2, 9)
+    model, x = fresh_llama(layers=2), ids(2, 9)
     with caplog.at_level(logging.WARNING, "lwcompile"):
         compiled(model)(x, labels=x, use_cache=False).loss.backward()
     found = model.model.layers[0].mlp.down_proj.weight.grad
@@ -213,7 +213,7 @@ def test_training_gets_its_gradients(caplog, graphs):
 
 
 def test_autocast_is_left_to_torch(caplog, graphs):
-    model, x = llama(), ids(2, 9)
+    model, x = llama(layers=2), ids(2, 9)
     with torch.autocast("cpu", torch.bfloat16), caplog.at_level(logging.WARNING, "lwcompile"):
         assert relative_error(logits(model, x), logits(compiled(model), x)) < 0.05
     assert not graphs and "autocast" in caplog.text
@@ -241,14 +241,14 @@ def test_a_model_with_a_graph_break_runs(graphs):
     ("options", "words"),
     [
         ({"codegen": "hopes"}, "no codegen is named 'hopes'; installed are .*eager.*inductor"),
-        ({"plans": "x"}, "option 'plans' is unknown; did you mean 'plan'"),
+        ({"plans": "x"}, r"is unknown \(did you mean .*plan"),
         ({"plan": 4}, "the option plan wants a folder"),
         ({"recipe": "balanced"}, "the recipe's budget needs samples"),
     ],
 )
 def test_options_are_checked(options, words):
     with pytest.raises(Exception, match=words):
-        logits(torch.compile(llama(), backend="layerwise", options=options), ids(2, 9))
+        logits(torch.compile(llama(layers=2), backend="layerwise", options=options), ids(2, 9))
 
 
 # --- generating
@@ -258,7 +258,7 @@ def test_options_are_checked(options, words):
     ("cache", "dynamic", "most"), [("static", None, 3), ("static", True, 2), ("dynamic", None, 4), ("dynamic", True, 2)]
 )
 def test_generating_compiles_few_graphs(cache, dynamic, most, graphs):
-    model = fresh_llama()
+    model = fresh_llama(layers=2)
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
     how = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache}
     wanted = [model.generate(ids(1, n), **how) for n in (9, 12, 7)]
@@ -284,13 +284,13 @@ sites:
   head: quantize{bits=8,group_size=16,solver=rtn}
 """
 RECIPE = """
-analyses: [lim]
+analyses: [measured]
 options:
   linear: ["quantize{bits=[3,4],group_size=16,solver=gptq}", "quantize{bits=8,group_size=16,solver=rtn}"]
   embedding: ["quantize{bits=8,group_size=16,solver=rtn}"]
   attention: [drop]
 backend: program
-calibration: {dataset: random, samples: 8, seqlen: 12}
+calibration: {dataset: random, samples: 2, seqlen: 12}
 evaluation: {dataset: random, samples: 4, seqlen: 12}
 """
 
@@ -405,7 +405,7 @@ def test_onnxruntime_runs_the_graph(small, graphs):
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "Qwen3", "BERT", "DINOv2", "CLIP", "T5", "Gemma 3", "Mixtral"])
-def test_a_sample_of_the_zoo(name):
+def test_a_sample_of_the_zoo(name, graphs):
     from benchmarks.zoo_models import MEMBERS
     from lwcompile.sources import open_source
 
@@ -416,6 +416,7 @@ def test_a_sample_of_the_zoo(name):
         wanted, made = (x.to_tuple() if hasattr(x, "to_tuple") else x for x in (wanted, made))
         pairs = list(zip(_tensors(wanted), _tensors(made), strict=True))
         assert pairs and all(relative_error(a, b) < 1e-4 for a, b in pairs)
+    assert graphs, "rewritten, and not left to torch"
 
 
 def _tensors(value: Any) -> list[Tensor]:
