@@ -60,7 +60,8 @@ def apply(given: Given, program: Program) -> tuple[Program, list[Remark]]:
             ) from error
     structural = {id: tuple(s for s in options if make("passes", s).structural) for id, options in choices.items()}
     compressed = apply_plan(program, {id: options for id, options in structural.items() if options}, structure, ctx)
-    _transplant(given.program.main, compressed.main)
+    silenced = [id for id, options in structural.items() if any(make("passes", s).silences for s in options)]
+    _transplant(given.program.main, compressed.main, tuple(structure.sites[id].path for id in silenced))
     return compressed, ctx.remarks
 
 
@@ -90,12 +91,17 @@ def _calls(graph: ModelGraph) -> dict[tuple[str, Any, int], fx.Node]:
     return found
 
 
-def _transplant(source: ModelGraph, graph: ModelGraph) -> None:
-    """Give `graph` the weights of `source`, which computes the same with the same modules."""
+def _transplant(source: ModelGraph, graph: ModelGraph, gone: tuple[str, ...]) -> None:
+    """Give `graph` the weights of `source`, which computes the same with the same modules.
+
+    Below the module paths that are `gone`, what still stands fills a cache that nothing reads: it keeps its own weights.
+    """
     theirs, copied = _calls(source), dict[fx.Node, fx.Node]()
     first = next(n for n in graph.graph.nodes if n.op != "placeholder")
     calls = _calls(graph)
     for place, node in calls.items():
+        if place not in theirs and any(place[0].startswith(f"{path}.") for path in gone):
+            continue
         if place not in theirs:
             raise Refused(f"the compressed program has no {place[1]} at {place[0] or 'its top'}: it was made of another model")
         at = _WEIGHT[place[1]]
