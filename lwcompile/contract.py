@@ -298,7 +298,10 @@ class HealPass(Pass):
 
 @dataclass(frozen=True)
 class Parity:
-    """How far what a backend wrote is from the graph: the largest error relative to the largest output, per output."""
+    """How far what a backend wrote is from the graph: the largest error relative to the largest output, per output.
+
+    No errors at all mean that nothing was run, and `note` says why; the worst of them is then not a number.
+    """
 
     errors: dict[str, float]
     tolerance: float
@@ -306,7 +309,7 @@ class Parity:
 
     @property
     def worst(self) -> float:
-        return max(self.errors.values(), default=0.0)
+        return max(self.errors.values(), default=float("nan"))
 
 
 @dataclass(frozen=True)

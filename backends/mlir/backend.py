@@ -72,6 +72,10 @@ class Mlir(Backend):
     tolerance: float = 1e-4
     seconds: int = 1800
 
+    def __post_init__(self) -> None:
+        if self.seconds < 1 or not self.tolerance >= 0:
+            raise ValueError(f"seconds is at least 1 and tolerance at least 0, not {self.seconds} and {self.tolerance:g}")
+
     # --- before it starts
 
     def unsupported(self, program: Program) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from torch import Tensor, fx, nn
 
 TORCH = "builtin.module(torchdynamo-export-to-torch-backend-pipeline)"
 LINALG = "builtin.module(torch-backend-to-linalg-on-tensors-backend-pipeline)"
+STRIP = "builtin.module(strip-debuginfo)"
+"""Where each operation came from: this machine's paths, which are nobody's business."""
 
 At = Callable[[str], Any]
 
@@ -49,7 +52,8 @@ def _reason(error: BaseException) -> str:
     """The first line that says what failed, of messages that open with a page of locations."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = [line.partition("error: ")[2] for line in lines if "error: " in line]
-    return f"{type(error).__name__}: {next(iter(said or lines), 'no reason given')}"[:500]
+    line = re.sub(r'^(loc\()?"[^"]*":\d+:\d+\)?: ', "", next(iter(said or lines), "no reason given"))
+    return f"{type(error).__name__}: {line}"[:500]
 
 
 # --- a program becomes a module
@@ -178,7 +182,7 @@ def _lower(module: Any, at: At = lambda _: None) -> None:
     from torch_mlir.passmanager import PassManager
 
     with module.context:
-        for name, pipeline in (("torch", TORCH), ("linalg", LINALG)):
+        for name, pipeline in (("torch", TORCH), ("linalg", LINALG), ("its final form", STRIP)):
             at(f"lowering to {name}")
             PassManager.parse(pipeline).run(module.operation)
 
