@@ -359,12 +359,13 @@ def _remarks(run: Session) -> list[dict[str, Any]]:
 
 
 def _speed(run: Session, path: Path) -> dict[str, Any] | None:
-    """Speed of the file beside the dense model's on the same backend, if the backend can time itself."""
+    """Speed of the file beside the dense model's on the same backend, if the backend can time itself and this file."""
     time_it = getattr(run.backend, "speed", None)
     if time_it is None:
         return None
     with run._timed("timing"):
-        after = time_it(path)
+        if (after := time_it(path)) is None:
+            return None
         key = content_key("speed", run.digest, str(run.backend.spec()), versions())
         before = run.results.get(key)
         if before is None:
