@@ -216,7 +216,7 @@ def test_text_and_bytecode_hold_the_weights_and_a_missing_iree_is_said(tmp_path:
     weight = torch.randn(256, 256)
     whole = traced(lambda x: torch.nn.functional.linear(x, weight), torch.randn(2, 256))
     for form, factor in (("bytecode", 1), ("text", 2)):
-        backend = Mlir(form=form)
+        backend = Mlir(form=form)  # type: ignore
         parity = backend.lower(whole, tmp_path / f"{form}.mlir", None)
         assert parity.errors == {} and "nothing was run" in parity.note and parity.worst != parity.worst
         size, stored = (tmp_path / f"{form}.mlir").stat().st_size, backend.price(StoredTensor((256, 256)))
