@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -226,7 +227,15 @@ class Session:
         allocator = make("allocators", self.recipe.allocator)
         table = self.table
         with self._timed("allocating"):
-            plan = allocator.allocate(table, budget)
+            try:
+                plan = allocator.allocate(table, budget)
+            except InfeasibleBudget as error:
+                refused = Counter(c.refused for row in table.sites.values() for c in row.choices if c.refused)
+                if not refused:
+                    raise
+                (reason, times), *_ = refused.most_common(1)
+                whole = f"{error}; {refused.total()} options were refused, {times} of them because {reason}"
+                raise InfeasibleBudget(whole) from error
         return plan.replace(origin=self.origin())
 
     def adopt(self, plan: Plan) -> Plan:

@@ -16,7 +16,7 @@ from lwcompile.backends.hf.backend import HuggingFace
 from lwcompile.backends.hf.layers import renumber
 from lwcompile.budget import Budget
 from lwcompile.contract import StoredTensor
-from lwcompile.errors import Refused
+from lwcompile.errors import InfeasibleBudget, Refused
 from lwcompile.executor import Executor
 from lwcompile.formats import NumericFormat
 from lwcompile.plans import Plan
@@ -137,3 +137,11 @@ def test_lists_with_an_entry_a_layer_are_cut_with_the_layers():
     assert names["layers.3.a.weight"] == "layers.2.a.weight" and names["layers.1.b.weight"] == "layers.1.b.weight"
     with pytest.raises(Refused, match="no place"):
         renumber(config, expected, [*expected, "layers.0.a.low_rank"])
+
+
+def test_a_budget_that_cannot_be_met_says_what_was_refused(source, tmp_path):
+    recipe = RECIPE.with_(options={"linear": [Spec.parse("quantize{bits=4,group_size=16,solver=rtn}")]}, budget={"avg_bits": 8})
+    with pytest.raises(
+        InfeasibleBudget, match=r"the smallest plan is .* options were refused, \d+ of them because .*zero points"
+    ):
+        pipeline.export(pipeline.capture(source), tmp_path / "out", recipe=recipe, backend="hf", run_dir=tmp_path / "run")
