@@ -547,3 +547,9 @@ def test_compress_eval_replan_and_report_a_real_program(tmp_path, capsys):
     assert "3 of" in capsys.readouterr().out
     assert cli.run(["report"]) == 0
     assert "damage" in capsys.readouterr().out
+
+
+def test_a_folder_goes_to_the_recipes_backend_if_that_writes_folders(tmp_path):
+    make.require_backend(tmp_path / "out", None, "transformers")
+    with pytest.raises(errors.BadInput, match="without a suffix"):
+        make.require_backend(tmp_path / "out", None, "balanced")

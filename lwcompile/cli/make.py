@@ -33,7 +33,7 @@ def export(
     from lwcompile import pipeline
 
     words = settings(budget, data, run, healing)
-    require_backend(path, run.backend)
+    require_backend(path, run.backend, budget.recipe)
     program = open_model(source.model)
     if run.dry_run:
         return dry_run(program, words, path.parent, run.json)
@@ -87,13 +87,17 @@ def progress() -> Any:
     return terminal_progress(err())
 
 
-def require_backend(path: Path, backend: str | None) -> None:
-    """`BadInput` for a file that no installed backend writes."""
+def require_backend(path: Path, backend: str | None, recipe: str) -> None:
+    """`BadInput` for a file that no installed backend writes; a folder is for the recipe's backend, if that writes one."""
     from lwcompile.errors import BadInput
     from lwcompile.pipeline import backend_for
+    from lwcompile.recipe import Recipe
     from lwcompile.registry import load, plugins
 
     if backend is not None or backend_for(path) is not None:
+        return
+    chosen = Recipe.find(recipe).backend
+    if chosen is not None and load("backends", chosen.name).file:
         return
     known = sorted({suffix for plugin in plugins("backends") for suffix in load("backends", plugin.name).suffixes if suffix})
     what = f"files named {path.suffix}" if path.suffix else f"a file without a suffix such as {path}"
