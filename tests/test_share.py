@@ -13,6 +13,7 @@ import tiny
 import torch
 from test_drop import build, capture, outputs_differ
 from test_real import WHEELS
+from tiny import llama_program
 from torch import nn
 
 from lwcompile import pipeline
@@ -336,3 +337,14 @@ def test_sharing_equals_the_trained_module_copied_by_hand() -> None:
     block = sum(p.numel() for n, p in layers[12].named_parameters() if p.ndim > 1)
     mlp = sum(p.numel() for p in (*layers[20].mlp.parameters(), *layers[20].post_attention_layernorm.parameters()))
     assert program.parameter_count() - shared.parameter_count() == block + mlp
+
+
+def test_packed_weights_have_no_residual_of_low_rank():
+    program = llama_program()
+    structure = find_structure(program)
+    four = (Spec.parse("quantize{bits=4,group_size=16,solver=rtn}"),)
+    linears = {s.id: four for s in structure.of_kind("linear") if s.id.startswith("block")}
+    packed = apply_plan(program, linears, structure, Context(structure=structure, program=program))
+    with pytest.raises(Refused, match="is packed"):
+        Share(rank=4).needs(packed.main, structure.sites["block1"], structure)
+    assert Share().needs(packed.main, structure.sites["block1"], structure).shared is not None

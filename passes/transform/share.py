@@ -118,6 +118,9 @@ class Share(TransformPass):
             raise Refused(f"it reads what {source.id} reads already", site=site.id)
         if self.rank and (odd := next((a for a, _ in pairs if a.multiplies and a.call.target is not aten.linear.default), None)):
             raise Refused(f"{odd.call.name} is no linear, and so has no residual of low rank", site=site.id)
+        stored = [(a.names[0], graph.tensors[a.names[0]]) for a, _ in pairs if a.multiplies]
+        if self.rank and (packed := next((n for n, key in stored if not graph.store.dtype(key).is_floating_point), None)):
+            raise Refused(f"{packed} is packed, and codes have no residual of low rank: share first, quantize then", site=site.id)
         self._private(graph, site, [own for own, _ in pairs])
         return pairs
 
