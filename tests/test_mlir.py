@@ -267,8 +267,8 @@ def test_an_operator_that_does_not_lower_is_named():
 
 @converts
 def test_a_job_that_takes_too_long_is_ended(tmp_path: Path):
-    with pytest.raises(child.Died, match="took more than 1 s"):
-        child.Child(tmp_path, seconds=1).run("convert", out=None, form="text")
+    with pytest.raises(child.Died, match="took more than 0 s while starting"):  # no machine is fast enough to end in none
+        child.Child(tmp_path, seconds=0).run("convert", out=None, form="text")
 
 
 def test_a_missing_extra_is_named_before_the_work(monkeypatch):
