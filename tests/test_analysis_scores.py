@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -20,6 +21,7 @@ from lwcompile.errors import BadInput, Refused
 from lwcompile.passes.analysis.influence import BlockInfluence, LayerInputModification
 from lwcompile.passes.analysis.zd import ZScoreDistribution
 from lwcompile.program import Program
+from lwcompile.spec import KEEP, Spec
 from lwcompile.tracing import capture_module
 
 
@@ -73,6 +75,57 @@ def test_lim_is_block_influence_less_one_for_blocks_only() -> None:
     for id, score in found.items():
         assert score.value == pytest.approx(influence[id].value - 1, abs=1e-12)
         assert score.spread == influence[id].spread > 0
+
+
+def test_removing_one_by_one_scores_what_is_left() -> None:
+    samples, model = calibration(), copy.deepcopy(llama())
+    program, ctx = llama_program(), Context(calibration=samples)
+    kinds = ("attention", "mlp")
+    ctx.options = {s.id: [KEEP, Spec("share"), Spec("drop")] for s in ctx.find_structure(program).of_kind(*kinds)}
+    digest = program.digest()
+    found = dict(BlockInfluence(removals=4).run(program, ctx))
+    parts = {f"block{i}.{kind}": f"model.layers.{i}.{part}" for i in range(3) for kind, part in zip(kinds, ("self_attn", "mlp"))}
+    norms = [f"model.layers.{i}.{norm}_layernorm" for i in range(3) for norm in ("input", "post_attention")]
+    gone: list[str] = []
+
+    def influence() -> dict[str, float]:
+        """By the inputs of the norms, between which the sublayers lie; removed ones put out zeros."""
+        seen = hooked(model, dict(samples.samples), [*norms, "model.norm"])
+        stream = [seen[name][0] for name in [*norms, "model.norm"]]
+        return {id: 1 - cosine(*stream[k : k + 2]).mean() for k, id in enumerate(parts) if id not in gone}
+
+    values = []
+    for _ in range(4):
+        left = influence()
+        gone.append(min(left, key=left.__getitem__))
+        values.append(max([left[gone[-1]], *values]))
+        zero = lambda module, args, out: (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else out * 0  # noqa: E731
+        model.get_submodule(parts[gone[-1]]).register_forward_hook(zero)
+    sublayers = [id for id in found if "." in id]
+    assert sublayers[:4] == gone and set(sublayers) == set(parts)
+    assert [found[id].value for id in gone] == pytest.approx(values, abs=2e-6)
+    for id, value in influence().items():
+        assert found[id].value == pytest.approx(max(value, *values), abs=2e-6)
+    assert sorted(found[id].value for id in sublayers) == [found[id].value for id in sublayers[:4]] + sorted(
+        found[id].value for id in sublayers[4:]
+    )
+    assert program.digest() == digest
+
+
+def test_blocks_are_removed_one_by_one_too_and_only_what_is_on_offer() -> None:
+    program, ctx = llama_program(), Context(calibration=calibration())
+    structure = ctx.find_structure(program)
+    ctx.options = {id: [Spec("drop")] for id in ("block1", "block2", "block1.mlp")}
+    found = dict(BlockInfluence(removals=3).run(program, ctx))
+    order = list(found)[:3]
+    assert {"block1", "block2"} <= set(order) and "block1.attention" not in found  # it went with its block
+    assert {"block0", "block0.attention", "block0.mlp"} <= set(found)
+    ctx.options = {id: [Spec("share")] for id in structure.sites if id.count(".") == 0}
+    with pytest.raises(Refused, match="no option on offer removes"):
+        list(BlockInfluence(removals=1).run(program, ctx))
+    ctx.options = {"block1.mlp": [Spec("drop")]}
+    with pytest.raises(Refused, match="only 1 of 2 removals"):
+        list(BlockInfluence(removals=2).run(program, ctx))
 
 
 class Parallel(nn.Module):

@@ -36,19 +36,7 @@ class Greedy(Allocator):
         state = State(table, budget)
         if budget.drop_sublayers:
             state.drop(budget.drop_sublayers)
-        limit = budget.max_bytes(table.parameters)
-        if limit is not None:
-            state.descend(lambda now, step: now.bytes > limit)
-        elif state.saving:
-            state.descend(lambda now, step: now.damage + step.damage <= state.most)
-        if limit is not None and state.now.bytes > limit:
-            raise InfeasibleBudget(too_small(table, state.now.bytes, limit, budget))
-        if state.now.damage > state.most:
-            raise InfeasibleBudget(
-                f"the plan that greedy finds for {budget} does {state.now.damage:.4g} {table.unit} of damage at "
-                f"{format_size(state.now.bytes)}; allow more bytes or more damage"
-            )
-        state.fill()
+        state.meet(budget)
         return Plan.of(table, state.carried, budget, allocator=str(self.spec()))
 
 
@@ -198,7 +186,7 @@ class State:
             if change is not None and not (self.counted and change.dropped):
                 yield options, change
 
-    # --- the three movements
+    # --- the movements
 
     def drop(self, count: int) -> None:
         """Drop exactly `count` sublayers, each time those of least damage per sublayer."""
@@ -219,6 +207,22 @@ class State:
             *_, unit, options, change = min(fitting, key=lambda step: step[:3])
             self.take(unit, options, change)
         self.counted = True
+
+    def meet(self, budget: Budget) -> None:
+        """Steps down to what the budget limits beside the count, then spends what is left; `InfeasibleBudget` if they cannot."""
+        limit = budget.max_bytes(self.table.parameters)
+        if limit is not None:
+            self.descend(lambda now, step: now.bytes > limit)
+        elif self.saving:
+            self.descend(lambda now, step: now.damage + step.damage <= self.most)
+        if limit is not None and self.now.bytes > limit:
+            raise InfeasibleBudget(too_small(self.table, self.now.bytes, limit, budget))
+        if self.now.damage > self.most:
+            raise InfeasibleBudget(
+                f"the plan that greedy finds for {budget} does {self.now.damage:.4g} {self.table.unit} of damage at "
+                f"{format_size(self.now.bytes)}; allow more bytes or more damage"
+            )
+        self.fill()
 
     def descend(self, go_on: Callable[[Total, Total], bool]) -> None:
         """Take the step of least damage per saved byte for as long as `go_on(now, step)`."""

@@ -62,6 +62,13 @@ def consumers_of(graph: ModelGraph) -> dict[str, list[fx.Node]]:
     return found
 
 
+def readers_of(graph: ModelGraph, name: str) -> list[Read]:
+    """The calls whose first stored tensor is this one, under whatever name, in order."""
+    fixed, key = _fixed(graph), graph.tensors[name]
+    reads = (Read(node, _names(node, fixed)) for node in graph.graph.nodes if node not in fixed)
+    return [read for read in reads if read.names and graph.tensors[read.names[0]] == key]
+
+
 def _fixed(graph: ModelGraph) -> set[fx.Node]:
     """Stored tensors, and arithmetic on them alone."""
     fixed: set[fx.Node] = set()

@@ -2,6 +2,7 @@
 
     block 5:  x + W5(norm5(x))    ->  x + W4(norm5(x))                      norms, masks, positions and cache stay its own
     rank=r:   linear(x, W5, b5)   ->  linear(x, W4, b5) + linear(linear(x, A), B)     B A = W5 - W4 to rank r
+    mean:     both 4 and 5        ->  (W4 + W5) / 2; of a third that shares 4 so, (W4 + W5 + W6) / 3, at all of them
 
 The two names are bound to one stored tensor, so every file holds it once, and a numeric format given to the source is the
 sharer's too. The graph stays unrolled: each depth keeps its own cache and masks, runtimes need no loop, and a recursive model of
@@ -10,7 +11,7 @@ K blocks is a plan in which block K + i shares block i (`source=-K`; with a rank
 Source: FoldGPT (arXiv 2407.00928) for blocks with norms of their own; Skrr (arXiv 2502.08690) for the re-use of a sublayer in the
 place of a removed one, there with `norms=source`; Relaxed Recursive Transformers (arXiv 2410.20672) for low-rank residuals.
 Cost: none; with a rank, an SVD of each weight, and two thin products each time it runs. Second-order analyses do not price it:
-add `measured{only=share}`.
+add `measured{only=share}`. Sites that share one source should all ask for the mean, or none.
 Refuses: a source that is not there or has other operators or shapes, and weights that are read elsewhere too.
 """
 
@@ -27,7 +28,7 @@ from lwcompile.context import Context
 from lwcompile.contract import Needs, StoredTensor, TransformPass
 from lwcompile.errors import Refused
 from lwcompile.graph import ModelGraph
-from lwcompile.passes.transform._reads import Read, consumers_of, stored_reads
+from lwcompile.passes.transform._reads import Read, consumers_of, readers_of, stored_reads
 from lwcompile.site import SUBLAYER_KINDS, Site, SiteKind
 from lwcompile.structure import Structure
 
@@ -41,6 +42,7 @@ class Share(TransformPass):
     Options:
         norms: `own` keeps what is no product's weight (norms, layer scales); `source` takes that along.
         rank: above 0, each linear adds the residual between its own weight and the source's to this rank, and keeps its bias.
+        mean: the group computes with the mean of its weights instead of the source's; norms stay everyone's own.
     """
 
     name: ClassVar[str] = "share"
@@ -51,14 +53,19 @@ class Share(TransformPass):
     source: int | str = -1
     norms: Literal["own", "source"] = "own"
     rank: int = 0
+    mean: bool = False
 
     def __post_init__(self) -> None:
         if self.source == 0 or self.rank < 0:
             raise ValueError("source is another site, not 0 sites away, and rank at least 0")
+        if self.mean and (self.rank or self.norms == "source"):
+            raise ValueError("a mean moves its source as well, so it goes with norms=own and rank=0")
 
     def needs(self, graph: ModelGraph, site: Site, structure: Structure) -> Needs:
         source = self._source(site, structure)
         pairs = self._pairs(graph, site, source)
+        if self.mean:
+            self._private(graph, source, [theirs for _, theirs in pairs])
         names = {own: other for mine, theirs in pairs for own, other in zip(mine.names, theirs.names)}
         weights = [s for s in structure.sites.values() if s.kind in ("linear", "embedding") and s.entry == site.entry]
         of = {s.weight: s.id for s in weights if s.id.startswith(f"{source.id}.")}
@@ -70,6 +77,9 @@ class Share(TransformPass):
         if ctx.structure is None:
             raise Refused("its source is found by the structure, which the context lacks", site=site.id)
         for mine, theirs in self._pairs(graph, site, self._source(site, ctx.structure)):
+            if self.mean:
+                self._average(graph, mine, theirs, site)
+                continue
             if self.rank and mine.multiplies:
                 self._relax(graph, mine, theirs, site)
                 graph.tensors[mine.names[0]] = graph.tensors[theirs.names[0]]
@@ -136,6 +146,17 @@ class Share(TransformPass):
                 names = tied[graph.tensors[name]] if matrix else [name]
                 if others := [c.name for n in names for c in consumers[n] if c not in inside]:
                     raise Refused(f"its {name} is also read by {others[0]}", site=site.id)
+
+    def _average(self, graph: ModelGraph, mine: Read, theirs: Read, site: Site) -> None:
+        """Put this one's weight and bias into the mean of those that compute with the source's already."""
+        members = [read for read in readers_of(graph, theirs.names[0]) if read.multiplies]
+        for i, (own, other) in enumerate(zip(mine.names, theirs.names)):
+            so_far, new = graph.tensor(other), graph.tensor(own)
+            if not new.is_floating_point():
+                raise Refused(f"{own} is packed, and codes have no mean: share first, quantize then", site=site.id)
+            mean = ((len(members) * so_far.double() + new.double()) / (len(members) + 1)).to(new.dtype)
+            for name in (own, *(read.names[i] for read in members)):
+                graph.set_tensor(name, mean)
 
     def _relax(self, graph: ModelGraph, mine: Read, theirs: Read, site: Site) -> None:
         """Beside a linear, the residual of its own weight: B = U_r S_r and A = V_r^T of its SVD."""
