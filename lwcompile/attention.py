@@ -20,7 +20,7 @@ from lwcompile.contract import StoredTensor
 from lwcompile.errors import Refused
 from lwcompile.graph import ModelGraph, iterate_calls
 from lwcompile.masks import Formula, MaskRule, build, recognise
-from lwcompile.probe import ancestors, evaluate, sizes_at, symbols, value_inputs, zeros
+from lwcompile.probe import ancestors, evaluate, sizes_at, symbols, value_inputs, values_above, zeros
 from lwcompile.site import Site
 
 aten = torch.ops.aten
@@ -51,6 +51,7 @@ class Attention:
     mask: the rule it follows, or None where the mask follows no rule that is known (`bias` is its node).
     softmax_window: keys that are read by softmax where the others are read by feature maps (`lwcompile.linear_attention`); None if
         all are. features: of these maps.
+    key_latent, value_latent: [B, 1, S, r], what keys or values follow from position by position (see `latent_of`); None if nothing.
     """
 
     node: fx.Node
@@ -66,6 +67,8 @@ class Attention:
     bias: fx.Node | None
     softmax_window: int | None = None
     features: int = 0
+    key_latent: fx.Node | None = None
+    value_latent: fx.Node | None = None
 
 
 def find_attentions(graph: ModelGraph, within: Collection[fx.Node] | None = None) -> list[Attention]:
@@ -73,6 +76,7 @@ def find_attentions(graph: ModelGraph, within: Collection[fx.Node] | None = None
     reads = value_inputs(graph)
     streams = stream_inputs(graph)
     rules: dict[fx.Node, MaskRule | None] = {}
+    heads = _single_heads(graph)
     found = []
     for node in iterate_calls(graph, SDPA, HYBRID):
         query, key, value, mask = _operands(node)
@@ -86,8 +90,39 @@ def find_attentions(graph: ModelGraph, within: Collection[fx.Node] | None = None
         rule = MaskRule(bool(slots(node)["is_causal"])) if mask is None else rules[mask]
         own = (reads[query] & streams) <= reads[key]
         q, k, v = (n.meta["val"].shape for n in (query, key, value))
-        found.append(Attention(node, query, key, value, q[1], k[1], k[3], v[3], "self" if own else "cross", rule, mask))
+        latents = _fewer((key, value), [latent_of(n, heads, streams) for n in (key, value)])
+        kind: Literal["self", "cross"] = "self" if own else "cross"
+        found.append(Attention(node, query, key, value, q[1], k[1], k[3], v[3], kind, rule, mask, None, 0, *latents))
     return found
+
+
+def _single_heads(graph: ModelGraph) -> set[fx.Node]:
+    """Values [B, 1, S, r] that linears read: laid out as the one head of a cache."""
+    calls = iterate_calls(graph, aten.unsqueeze.default)
+    laid = (n for n in calls if n.args[1] == 1 and "val" in n.meta and n.meta["val"].dim() == 4)
+    return {n for n in laid if any(user.target is aten.linear.default and user.args[0] is n for user in n.users)}
+
+
+def latent_of(node: fx.Node, heads: set[fx.Node], streams: set[str]) -> fx.Node | None:
+    """The one of `heads` that keys or values follow from, beside positions and constants; None if there is none.
+
+    It is what decoding caches in their place: the graph says by this layout that it is worth computing keys anew.
+    """
+    cut = values_above(node, heads) if heads else set()
+    found = heads & cut
+    read = any(n.op == "placeholder" and str(n.target) in streams for n in cut)
+    return next(iter(found)) if len(found) == 1 and not read else None
+
+
+def _fewer(nodes: tuple[fx.Node, fx.Node], latents: list[fx.Node | None]) -> list[fx.Node | None]:
+    """The latents, if a token takes fewer numbers in them than in keys and values; one that serves both counts once."""
+
+    def numbers(*cached: fx.Node) -> int:
+        shapes = [n.meta["val"].shape for n in dict.fromkeys(cached)]
+        return sum(shape[1] * shape[3] for shape in shapes)
+
+    cached = [latent or node for node, latent in zip(nodes, latents)]
+    return latents if numbers(*cached) < numbers(*nodes) else [None, None]
 
 
 def _operands(node: fx.Node) -> tuple[Any, Any, Any, Any]:

@@ -3,6 +3,7 @@
     softmax   every key so far                    FLOPs grow with the length, and so does the cache
     window    the last `size` keys and the sinks  both stop growing
     linear    a window, and a state for the rest  both stop growing; the state and the feature maps cost from the start
+    latent    every key so far, made anew         the cache grows more slowly, and FLOPs faster
 
 Counted for one sequence in one layer: products of queries with keys and of weights with values, feature maps, the state's update
 and its reading; a multiplication and an addition are two FLOPs. Projections are the same in all three and not counted, and
@@ -26,6 +27,8 @@ class AttentionCost:
     heads, kv_heads: of queries; of keys and values. key_width, value_width: a head's.
     window: keys that each query reads, itself among them; None for all. sinks: first keys that all read beside these.
     features: of the linear part, 0 without one.
+    latent: numbers cached for each token in the place of its keys and values, 0 for those. revived: products that make a cached
+        token's keys and values of them.
     """
 
     heads: int
@@ -35,6 +38,13 @@ class AttentionCost:
     window: int | None = None
     sinks: int = 0
     features: int = 0
+    latent: int = 0
+    revived: int = 0
+
+    @property
+    def token_numbers(self) -> int:
+        """Numbers that one token takes in the cache."""
+        return self.latent or self.kv_heads * (self.key_width + self.value_width)
 
     @property
     def capacity(self) -> int | None:
@@ -48,12 +58,12 @@ class AttentionCost:
     def cache_bytes(self, length: int, itemsize: int = 4) -> int:
         """What decoding keeps behind `length` tokens."""
         kept = length if self.capacity is None else min(length, self.capacity)
-        return itemsize * (kept * self.kv_heads * (self.key_width + self.value_width) + self.state_numbers())
+        return itemsize * (kept * self.token_numbers + self.state_numbers())
 
     def decode_flops(self, length: int) -> int:
         """One more token behind `length`."""
         keys = length + 1 if self.capacity is None else min(length, self.capacity) + 1
-        pairs = 2 * keys * self.heads * (self.key_width + self.value_width)
+        pairs = 2 * keys * self.heads * (self.key_width + self.value_width) + 2 * (keys - 1) * self.revived
         maps = (self.heads + self.kv_heads) * self.key_width * (self.features // 2)
         return pairs + 2 * maps + 2 * (self.heads + self.kv_heads) * self.features * (self.value_width + bool(self.features))
 
@@ -87,4 +97,5 @@ def say(new: AttentionCost, old: AttentionCost, length: int = 2048) -> tuple[str
     before, after = old.cache_bytes(length), new.cache_bytes(length)
     text = f"pays in {', '.join(parts)} on; its cache behind {length} tokens is {after:,} bytes instead of {before:,}"
     numbers = {f"{name}_pays_from": float(n) for name, n in lengths.items() if n is not None}
-    return text, {**numbers, "cache_before": before, "cache_after": after}
+    each = {"cache_per_token": 4 * new.token_numbers} if new.latent else {}
+    return text, {**numbers, "cache_before": before, "cache_after": after, **each}

@@ -7,8 +7,12 @@ after:  logits, present.{i}.key/.value = f(input_ids [B, S], attention_mask [B, 
 Made from whatever a prefill graph has become: attentions that were dropped have no cache, and the others are numbered in
 order. Keys are cached as attention reads them (after rotation), heads not repeated. Positions that come from counting
 (`arange(S)`, a table's first S rows, a running sum of the mask) are taken from P on. Cross-attention reads the encoder's
-states anew at each step. Behind a causal window the cache rolls (`lwcompile.rolling`): it holds min(P, window - 1 + sinks)
-positions, and its free length is named `past_{bound}`. P itself must still be known: without a padding input, one cache stays whole.
+states anew at each step.
+
+Keys or values that follow from a latent (`attention.latent_of`) are computed anew from the cached latents, and where that takes
+positions, the past ones are cached too, once: `past_key_values.{input}`, [B, P]. Behind a causal window the cache rolls
+(`lwcompile.rolling`): it holds min(P, window - 1 + sinks) positions, and its free length is named `past_{bound}`. P itself must
+still be known: without a padding input, one cache stays whole.
 
 cost:    nodes only, and with `check` a forward over 2 x 6 tokens, or enough to fill the caches that roll up to `_LONGEST_CHECK`, once
          whole and once in pieces, which are compared
@@ -29,12 +33,13 @@ from lwcompile.attention import HYBRID, Attention, find_attentions, mask_only, s
 from lwcompile.errors import Refused
 from lwcompile.graph import Input, ModelGraph, iterate_calls
 from lwcompile.masks import Formula, MaskRule, build
-from lwcompile.probe import ancestors, evaluate, value_inputs, zeros
+from lwcompile.probe import ancestors, evaluate, value_inputs, values_above, zeros
 from lwcompile.rolling import Rolling, bound_of, cache_symbol, capacity
 
 aten = torch.ops.aten
 TOLERANCE = 1e-4
 PAST, PARTS = "past_key_values.", ("key", "value", "state")
+LATENT = "latent"
 _EXAMPLE_PAST, _EXAMPLE_KEPT = 3, 1
 _LONGEST_CHECK = 520
 
@@ -47,7 +52,22 @@ def cached_attentions(graph: ModelGraph) -> list[Attention]:
 def cache_bytes_per_token(graph: ModelGraph, dtype: torch.dtype = torch.float32) -> int:
     """Bytes that each further token of one sequence takes in the cache; behind a window, a cache that is full takes no more."""
     growing = (a for a in cached_attentions(graph) if capacity(_kept(a)) is None)
-    return dtype.itemsize * sum(a.kv_heads * (a.key_width + a.value_width) for a in growing)
+    return dtype.itemsize * sum(heads * width for a in growing for _, heads, width in _cached(a))
+
+
+def _cached(a: Attention) -> list[tuple[fx.Node, int, int]]:
+    """What is cached of an attention: the node, its heads, and the width of each. One latent that serves both is cached once."""
+    key = (a.key, a.kv_heads, a.key_width) if a.key_latent is None else (a.key_latent, 1, _width(a.key_latent))
+    value = (a.value, a.kv_heads, a.value_width) if a.value_latent is None else (a.value_latent, 1, _width(a.value_latent))
+    return [key] if key == value else [key, value]
+
+
+def _width(node: fx.Node) -> int:
+    return node.meta["val"].shape[-1]
+
+
+def _parts(a: Attention) -> tuple[str, ...]:
+    return (LATENT,) if len(_cached(a)) == 1 else PARTS
 
 
 def derive_decode(graph: ModelGraph, *, check: bool = True, roll: bool = True) -> ModelGraph:
@@ -70,7 +90,7 @@ def derive_decode(graph: ModelGraph, *, check: bool = True, roll: bool = True) -
             raise Refused("attention reads later positions (an encoder); only causal models decode", site=a.node.name)
     data, dim = _sequence(decode, attentions[0])
     padding = _padding(decode, attentions, data.dynamic[dim])
-    bounds = [capacity(_kept(a)) if roll else None for a in attentions]
+    bounds = [capacity(_kept(a)) if roll and a.key_latent is a.value_latent is None else None for a in attentions]
     if padding is None and None not in bounds:
         bounds[0] = None
     pasts = [_add_past(decode, i, a, data, bound) for i, (a, bound) in enumerate(zip(attentions, bounds))]
@@ -84,14 +104,16 @@ def derive_decode(graph: ModelGraph, *, check: bool = True, roll: bool = True) -
         decode.inputs[decode.inputs.index(padding)] = _longer(padding)
     presents: dict[str, fx.Node] = {}
     rolling: dict[MaskRule, Rolling] = {}
+    revived = _Revived(decode, data.dynamic[dim], copies)
     for i, (a, past, bound) in enumerate(zip(attentions, pasts, bounds)):
         if bound is None or (rule := _kept(a)) is None:
-            made = _attend_to_past(decode, a, past, lengths, biases)
+            made = _attend_to_past(decode, a, past, lengths, biases, revived)
         else:
             if rule not in rolling:
                 rolling[rule] = Rolling(decode, a.node, rule, past[0], lengths.queries, lengths.keys)
             made = _attend_within(decode, a, past, rolling[rule])
-        presents |= {f"present.{i}.{part}": node for part, node in zip(PARTS, made)}
+        presents |= {f"present.{i}.{part}": node for part, node in zip(_parts(a), made)}
+    presents |= revived.presents
     output = decode.output_node
     output.args = ((*output.args[0], *presents.values()),)  # type: ignore[misc]
     decode.outputs += presents
@@ -143,13 +165,15 @@ def _add_past(graph: ModelGraph, index: int, attention: Attention, data: Input, 
     """Placeholders for one attention's cache, of any length or of one up to `bound`; then, if it is partly linear, for its state."""
     last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
     nodes, length = [], _EXAMPLE_PAST if bound is None else _EXAMPLE_KEPT
-    sizes = [(length, attention.key_width), (length, attention.value_width), (attention.features, attention.value_width + 1)]
-    for part, (rows, width) in zip(PARTS, sizes if bound is not None and attention.features else sizes[:2]):
+    held = [(node, heads, length, width) for node, heads, width in _cached(attention)]
+    if bound is not None and attention.features:
+        held.append((attention.key, attention.kv_heads, attention.features, attention.value_width + 1))
+    for part, (node, heads, rows, width) in zip(_parts(attention), held):
         name = f"{PAST}{index}.{part}"
         with graph.graph.inserting_after(last):
             last = graph.graph.create_node("placeholder", name, name=name.replace(".", "_"))
-        value = attention.value.meta["val"] if part == "value" else attention.key.meta["val"]
-        shape = (value.shape[0], attention.kv_heads, rows, width)
+        value = node.meta["val"]
+        shape = (value.shape[0], heads, rows, width)
         free = {0: data.dynamic[0]} if 0 in data.dynamic else {}
         graph.inputs.append(Input(name, shape, value.dtype, free if part == "state" else free | {2: cache_symbol(bound)}))
         last.meta["val"] = value.new_empty(shape)
@@ -177,16 +201,27 @@ def _longer(padding: Input) -> Input:
 
 
 def _attend_to_past(
-    graph: ModelGraph, a: Attention, past: tuple[fx.Node, ...], lengths: _Lengths, biases: Mapping[fx.Node, fx.Node]
+    graph: ModelGraph,
+    a: Attention,
+    past: tuple[fx.Node, ...],
+    lengths: _Lengths,
+    biases: Mapping[fx.Node, fx.Node],
+    revived: _Revived,
 ) -> tuple[fx.Node, ...]:
-    """Join cached and new keys and values, and open the mask over them."""
-    key, value = _joined(graph, a, past)
+    """Join cached and new keys and values, or what they follow from, and open the mask over them."""
     if a.node.target is HYBRID:
+        key, value = _joined(graph, a, past)
         a.node.args = (a.query, key, value, *a.node.args[3:])
         return key, value
+    sources = [latent or node for node, latent in ((a.key, a.key_latent), (a.value, a.value_latent))]
+    held = dict(zip(dict.fromkeys(sources), past))
+    kept = {source: revived.join(source, past, a) for source, past in held.items()}
+    key, value = (
+        kept[source] if source is node else revived.of_all_keys(node) for source, node in zip(sources, (a.key, a.value))
+    )
     rule = build(Formula(graph, a.node), a.mask, lengths.queries, lengths.keys) if a.mask is not None else None
     set_slots(a.node, key=key, value=value, attn_mask=biases.get(a.bias, rule), is_causal=False)  # type: ignore[arg-type]
-    return key, value
+    return tuple(kept.values())
 
 
 def _joined(graph: ModelGraph, a: Attention, past: tuple[fx.Node, ...]) -> tuple[fx.Node, fx.Node]:
@@ -211,6 +246,49 @@ def _attend_within(graph: ModelGraph, a: Attention, past: tuple[fx.Node, ...], r
         args = (key, value, rolling.open, past[2], map_key, a.softmax_window)
         state = graph.graph.call_function(torch.ops.lwcompile.absorb_keys.default, args)
     return kept[0], kept[1], state
+
+
+class _Revived:
+    """Keys and values of all T positions, computed anew from the cached latents and positions.
+
+    symbol: the name of the free length S. copies: what is known already of nodes over T positions.
+    """
+
+    def __init__(self, graph: ModelGraph, symbol: str, copies: dict[fx.Node, fx.Node]) -> None:
+        self.graph, self.symbol, self.copies = graph, symbol, copies
+        self.presents: dict[str, fx.Node] = {}
+
+    def join(self, node: fx.Node, past: fx.Node, a: Attention) -> fx.Node:
+        """What is cached and what is new: keys and values before the attention, latents before what reads them."""
+        made, plain = self.graph.graph, node in (a.key, a.value)
+        with made.inserting_before(a.node) if plain else made.inserting_after(node):
+            joined = made.call_function(aten.cat.default, ([past, node], 2))
+        joined.meta["path"] = a.node.meta.get("path", "")
+        if not plain:
+            self.copies[node] = joined
+        return joined
+
+    def of_all_keys(self, node: fx.Node) -> fx.Node:
+        for name, given in self.graph.input_nodes().items():
+            if given not in self.copies and given in values_above(node, self.copies):
+                self._remember(next(i for i in self.graph.inputs if i.name == name), given)
+        return _over_all_keys(self.graph, node, self.copies)
+
+    def _remember(self, given: Input, node: fx.Node) -> None:
+        """Cache an input along the sequence, such as the positions that keys are rotated by."""
+        if self.symbol not in given.dynamic.values():
+            return
+        if [d for d, s in given.dynamic.items() if s == self.symbol] != [1] or 0 not in given.dynamic or len(given.shape) != 2:
+            raise Refused(f"keys are computed anew with the past of {given.name}, which is not [batch, length]", site=node.name)
+        name, last = f"{PAST}{given.name}", [n for n in self.graph.graph.nodes if n.op == "placeholder"][-1]
+        shape = (given.shape[0], _EXAMPLE_PAST)
+        self.graph.inputs.append(Input(name, shape, given.dtype, {0: given.dynamic[0], 1: cache_symbol(None)}))
+        with self.graph.graph.inserting_after(last):
+            past = self.graph.graph.create_node("placeholder", name, name=name.replace(".", "_"))
+        past.meta["val"] = node.meta["val"].new_empty(shape)
+        with self.graph.graph.inserting_after(past):
+            joined = self.graph.graph.call_function(aten.cat.default, ([past, node], 1))
+        self.copies[node] = self.presents[f"present.{given.name}"] = joined
 
 
 def _over_all_keys(graph: ModelGraph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -251,10 +329,11 @@ def _continue_positions(
         dims = _following(graph, node) if leaves else []
         if not dims:
             continue
-        last = _over_all_keys(graph, node, copies)
+        last = whole = _over_all_keys(graph, node, copies)
         with graph.graph.inserting_before(min(leaves)):
             for dim in dims:
                 last = _last(graph, last, dim, lengths)
+                copies[last] = whole
         for user in leaves:
             user.replace_input_with(node, last)
 

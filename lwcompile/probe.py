@@ -24,6 +24,16 @@ def ancestors(node: fx.Node, stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
     return seen
 
 
+def values_above(node: fx.Node, stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """What `node` is computed from by value: like `ancestors`, not looking behind sizes either."""
+    halted, seen, stack = set(stop), set(), [node]
+    while stack:
+        if (current := stack.pop()) not in seen:
+            seen.add(current)
+            stack += [] if current in halted or current.target is aten.sym_size.int else current.all_input_nodes
+    return seen
+
+
 def evaluate(
     graph: ModelGraph, node: fx.Node, feeds: Mapping[fx.Node, Tensor], constants: Mapping[int, int] | None = None
 ) -> Any:

@@ -34,7 +34,8 @@ def teacher_forced(decode: ModelGraph, inputs: dict[str, Tensor], pieces: list[i
         logits.append(piece)
         start = end
     for past, tensor in zip(step.roles.pasts, cache or []):
-        assert tensor.shape[2] == min(start, bound_of(past.dynamic[2]) or start) and not tensor.isnan().any()
+        dim, symbol = next((d, s) for d, s in past.dynamic.items() if d)
+        assert tensor.shape[dim] == min(start, bound_of(symbol) or start) and not tensor.isnan().any()
     return torch.cat(logits, 1)
 
 

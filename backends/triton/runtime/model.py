@@ -74,8 +74,11 @@ class Model:
         described = self.entries["decode"]
         roles, pasts = described["roles"], [i for i in described["inputs"] if i["name"].startswith("past_key_values.")]
         if cache is None:
-            shapes = [(len(input_ids), i["shape"][1], 0, i["shape"][3]) for i in pasts]
-            cache = [torch.empty(shape, dtype=self.weights.dtype, device=self.weights.device) for shape in shapes]
+            shapes = [
+                (len(input_ids), i["shape"][1], 0, i["shape"][3]) if len(i["shape"]) > 2 else (len(input_ids), 0) for i in pasts
+            ]
+            dtypes = [self.weights.dtype if i["dtype"].startswith("float") else getattr(torch, i["dtype"]) for i in pasts]
+            cache = [torch.empty(s, dtype=dtype, device=self.weights.device) for s, dtype in zip(shapes, dtypes)]
         named = {roles["tokens"]: input_ids, roles["padding"]: attention_mask, roles["positions"]: position_ids}
         made = list(self.run("decode", named | dict(zip((i["name"] for i in pasts), cache))).values())
         kept = len(made) - len(pasts)
