@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from scipy import stats
 
 from lwcompile.contract import Annotation, Damage
 from lwcompile.errors import BadInput
@@ -113,6 +112,8 @@ def rank_correlation(scores: Figures[K], damages: Figures[K]) -> float:
     keys = [k for k in scores if k in damages]
     if len(keys) < 3:
         raise BadInput(f"a rank correlation needs at least 3 sites that both rank, not {len(keys)}")
+    from scipy import stats  # takes longer to import than anything else here
+
     x, y = ([_figure(side[k]) for k in keys] for side in (scores, damages))
     return float(stats.spearmanr(x, y).statistic)
 

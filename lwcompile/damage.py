@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from lwcompile.errors import BadInput
@@ -73,7 +73,7 @@ def estimate(values: Tensor, clusters: Tensor | None = None, unit: str = "", see
     for start in range(0, len(means), step):
         drawn = generator.multinomial(c, np.full(c, 1 / c), size=min(step, len(means) - start))
         means[start : start + step] = (drawn @ sums) / (drawn @ counts)
-    widen = stats.t.ppf(0.975, c - 1) / stats.norm.ppf(0.975) * math.sqrt(c / (c - 1))
+    widen = special.stdtrit(c - 1, 0.975) / special.ndtri(0.975) * math.sqrt(c / (c - 1))
     low, high = (mean + widen * (q - mean) for q in np.percentile(means, [2.5, 97.5]))
     return Estimate(mean, max(float(low), float((sums / counts).min())), float(high), x.size, unit, c)
 

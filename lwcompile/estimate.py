@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lwcompile.budget import format_size
 from lwcompile.errors import BadInput
@@ -21,6 +21,8 @@ from lwcompile.spec import Spec
 if TYPE_CHECKING:
     from lwcompile.contract import Solver
     from lwcompile.program import Program
+
+Command = Literal["analyze", "plan", "compress", "export"]
 
 FORWARDS = 3.0
 """Passes over the calibration set that an analysis costs where it does not say: one forward and its backward."""
@@ -70,13 +72,14 @@ class Estimate:
             )
 
 
-def estimate(program: Program, *, folder: str | Path = ".", **settings: Any) -> Estimate:
-    """What `export` or `compress` of `program` into `folder` with these settings (see `pipeline.Settings`) would take."""
+def estimate(program: Program, *, folder: str | Path = ".", command: Command = "export", **settings: Any) -> Estimate:
+    """What a command on `program`, into `folder` with these settings (see `pipeline.Settings`), would take."""
     import psutil
 
     from lwcompile.pipeline import Settings
     from lwcompile.registry import make
     from lwcompile.rundir import RunDir
+    from lwcompile.session import LIMIT_ROUNDS
     from lwcompile.structure import find_structure
 
     wished = Settings(**settings)
@@ -103,15 +106,21 @@ def estimate(program: Program, *, folder: str | Path = ".", **settings: Any) -> 
         tries = sum(offered[site.id] * site.shape[0] * site.shape[1] for site in linears)
         seconds[spec.name] = forwards * flops * calibration / speed + 100.0 * tries / speed + fitting
     passes = 2.0 if any(solver.wanted.drift for solver in solvers) else 1.0
-    seconds["compressing"] = (passes * flops + 2.0 * moments) * calibration / speed + fitting
-    seconds["measuring"] = 2.0 * flops * held_out / speed
-    if recipe.heal is not None:
+    writes = command in ("compress", "export")
+    if writes or (command == "plan" and wished.max_kl is not None):
+        rounds = LIMIT_ROUNDS if wished.searches else 1
+        seconds["compressing"] = rounds * ((passes * flops + 2.0 * moments) * calibration / speed + fitting)
+        seconds["measuring"] = rounds * 2.0 * flops * held_out / speed
+    if writes and recipe.heal is not None:
         seconds["healing"] = (
             make("passes", recipe.heal).forwards(recipe.calibration.samples) * flops * recipe.calibration.seqlen / speed
         )
         seconds["measuring"] *= 2
     dense = program.nbytes()
-    seconds["writing"] = 5.0 + dense / 2e7
+    if command == "export":  # and running it, beside the dense model's file
+        seconds["writing"] = 5.0 + dense / 2e7
+    elif command == "compress":
+        seconds["writing"] = 1.0 + dense / 2e8
 
     rows = max((site.shape[0] for site in sites if site.shape), default=0)
     widest = max((site.shape[1] for site in linears), default=0)
@@ -123,7 +132,7 @@ def estimate(program: Program, *, folder: str | Path = ".", **settings: Any) -> 
     return Estimate(
         seconds={name: round(value, 1) for name, value in seconds.items()},
         memory=memory,
-        disk=3 * budget + dense,
+        disk=3 * budget + dense if writes else budget,
         memory_free=int(psutil.virtual_memory().available),
         disk_free=min(_free(Path(folder)), _free(Path(place))),
         folder=str(folder),

@@ -22,7 +22,7 @@ from lwcompile.budget import Budget
 from lwcompile.context import Progress, SilentProgress
 from lwcompile.contract import Backend
 from lwcompile.damage import Estimate
-from lwcompile.errors import BadInput, Refused
+from lwcompile.errors import BadInput, InfeasibleBudget, Refused
 from lwcompile.folder import ProgramFolder
 from lwcompile.plans import Plan
 from lwcompile.program import Program
@@ -51,8 +51,9 @@ __all__ = ["Result", "Settings", "capture", "compress", "export", "load", "plan"
 class Settings:
     """What flags and keyword arguments say; None leaves it to the recipe.
 
-    `max_kl` limits the measured damage on held-out samples, in the metric's unit; `avg_bits` and `max_bytes` the size. `heal` names
-    a healer, such as `distill{steps=200}`; False heals nothing, whatever the recipe says.
+    `max_kl` limits the measured damage on held-out samples, in the metric's unit; `avg_bits` and `max_bytes` the size. Samples are
+    calibrated on; `eval_dataset` is what the result is judged on. `heal` names a healer, such as `distill{steps=200}`; False heals
+    nothing, whatever the recipe says.
     """
 
     recipe: str | Path | Recipe = DEFAULT
@@ -64,12 +65,18 @@ class Settings:
     dataset: str | None = None
     samples: int | None = None
     seqlen: int | None = None
+    eval_dataset: str | None = None
     metric: str | None = None
     backend: str | None = None
     device: str = "cpu"
     run_dir: Path | None = None
     seed: int | None = None
     heal: str | Spec | Literal[False] | None = None
+
+    @property
+    def searches(self) -> bool:
+        """Whether plans are tried until one keeps `max_kl`: where the size is given too, there is one to try."""
+        return self.plan is None and self.max_kl is not None and self.avg_bits is None and self.max_bytes is None
 
     def resolved(self) -> Recipe:
         """The recipe with these settings over it."""
@@ -79,7 +86,7 @@ class Settings:
         return recipe.with_(
             budget=None if wished.empty else wished,
             calibration=data,
-            evaluation={"seqlen": self.seqlen},
+            evaluation={"dataset": self.eval_dataset, "seqlen": self.seqlen},
             metric=self.metric,
             backend=self.backend,
             seed=self.seed,
@@ -166,9 +173,29 @@ def _planned(run: Session, settings: Settings) -> tuple[Plan, Program | None]:
     if settings.plan is not None:
         given = settings.plan if isinstance(settings.plan, Plan) else Plan.load(settings.plan)
         return run.adopt(given), None
-    if settings.max_kl is not None:
-        return run.plan_within(settings.max_kl)
-    return run.plan(), None
+    if settings.max_kl is None:
+        return run.plan(), None
+    require_samples(run, judged=True)
+    return run.plan_within(settings.max_kl) if settings.searches else _planned_within_both(run, settings.max_kl)
+
+
+def _planned_within_both(run: Session, limit: float) -> tuple[Plan, Program]:
+    """The least damage for the size, where that keeps the limit on damage too."""
+    chosen = run.plan()
+    program = run.compress(chosen)
+    found = run.measure(program)["damage"]
+    if found.high > limit:
+        raise InfeasibleBudget(
+            f"the best plan found for {run.recipe.budget} does {found} on held-out samples, past the limit of {limit:g}: allow that "
+            "much damage, or more bytes"
+        )
+    return chosen.replace(measured=found.mean, interval=(found.low, found.high)), program
+
+
+def require_samples(run: Session, judged: bool) -> None:
+    """Open the samples now: a dataset that is missing, or shares its text with the other one, is no news for after the work."""
+    if len(run.calibration) == 0 or (judged and len(run.evaluation) == 0):
+        raise BadInput("there are no samples; name others with --dataset and --eval-dataset")
 
 
 def compress(program: Program, path: str | Path | None = None, *, progress: Progress | None = None, **settings: Any) -> Result:
@@ -188,6 +215,7 @@ def compress(program: Program, path: str | Path | None = None, *, progress: Prog
 
 
 def _compressed(run: Session, settings: Settings, lowered: bool = False) -> Result:
+    require_samples(run, judged=True)
     chosen, program = _planned(run, settings)
     if lowered and program is None and (reasons := run.backend.unsupported(run.restructured(chosen))):
         raise Refused(f"{run.backend.name} cannot hold this plan: {'; '.join(reasons)}")

@@ -76,7 +76,7 @@ def test_every_flag_of_the_compiler_is_there(command, capsys, monkeypatch):
     text = capsys.readouterr().out
     wanted = (
         "--model --recipe --plan --avg-bits --bits --max-size --drop-sublayers --max-kl --dataset --samples --seqlen --metric "
-        "--device --run-dir --seed --dry-run --json --backend"
+        "--device --run-dir --seed --dry-run --json --backend --eval-dataset"
     )
     assert [flag for flag in wanted.split() if flag not in text] == []
 
@@ -120,7 +120,7 @@ def pipeline_calls(monkeypatch) -> list[tuple[str, Any, dict[str, Any]]]:
 def test_flags_become_the_settings_of_the_pipeline(pipeline_calls):
     line = (
         "export out/model.onnx --model m --recipe fast --bits 4.25 --drop-sublayers 2 --max-kl 0.3 --dataset d --samples 7 "
-        "--seqlen 64 --metric kl --device cpu --run-dir r --seed 3 --backend onnx --heal distill{steps=9}"
+        "--seqlen 64 --metric kl --device cpu --run-dir r --seed 3 --backend onnx --heal distill{steps=9} --eval-dataset e"
     )
     assert cli.run([*line.split(), "--max-size", "45 MB"]) == 0
     [(name, path, words)] = pipeline_calls
@@ -128,9 +128,12 @@ def test_flags_become_the_settings_of_the_pipeline(pipeline_calls):
     assert words == {
         "recipe": "fast", "plan": None, "avg_bits": 4.25, "max_bytes": 45_000_000, "drop_sublayers": 2, "max_kl": 0.3,
         "heal": "distill{steps=9}", "dataset": "d", "samples": 7, "seqlen": 64,
-        "metric": "kl", "device": "cpu", "seed": 3, "backend": "onnx", "run_dir": Path("r"),
+        "metric": "kl", "device": "cpu", "seed": 3, "backend": "onnx", "run_dir": Path("r"), "eval_dataset": "e",
     }  # fmt: skip
-    assert pipeline.Settings(**words).resolved().budget.to_dict() == {"bytes": 45_000_000, "avg_bits": 4.25, "drop_sublayers": 2}
+    resolved = pipeline.Settings(**words).resolved()
+    assert resolved.budget.to_dict() == {"bytes": 45_000_000, "avg_bits": 4.25, "drop_sublayers": 2}
+    assert (resolved.calibration.dataset, resolved.calibration.samples, resolved.calibration.seqlen) == ("d", 7, 64)
+    assert (resolved.evaluation.dataset, resolved.evaluation.seqlen) == ("e", 64)
 
 
 def test_left_out_flags_leave_everything_to_the_recipe(pipeline_calls):
@@ -167,6 +170,28 @@ def test_flags_that_cannot_be_meant(extra, said, pipeline_calls, capsys):
     error = capsys.readouterr().err
     assert said in " ".join(error.split()) and "Traceback" not in error
     assert pipeline_calls == []
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--recipe", "balancd"], "did you mean 'balanced'"),
+        (["--plan", "none.yaml"], "none.yaml"),
+        (["--heal", "distil"], "did you mean 'distill'"),
+        (["--backend", "onx"], "did you mean 'onnx'"),
+    ],
+)
+def test_names_are_looked_up_before_a_model_is_downloaded_or_traced(extra, said, monkeypatch, capsys):
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr(make, "open_model", fail)
+    monkeypatch.setattr("lwcompile.cli.plans.open_model", fail)
+    for command in (["export", "model.onnx"], ["plan"]):
+        if command == ["plan"] and extra[0] == "--heal":
+            continue
+        assert cli.run([*command, *extra]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_file_that_no_backend_writes_is_refused_first(pipeline_calls, capsys):
@@ -206,6 +231,21 @@ def test_json_is_all_there_is_on_stdout(pipeline_calls, capsys):
     assert found["path"] == "model.onnx" and found["report"] == "runs/one/report.html"
     assert found["measured"]["value"] == pytest.approx(fake_report(4).data["measured"]["value"])
     assert "pretending" in printed.err
+
+
+def test_what_native_libraries_print_is_kept_out_of_the_results():
+    code = """
+import os
+from lwcompile import cli
+def run():
+    os.write(1, b"a solver's own words")
+    print("the result")
+    return 0
+cli.run = run
+cli.main()
+"""
+    done = run_fresh(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the result\n", "a solver's own words")
 
 
 def test_an_export_ends_with_the_strip_and_the_figures(pipeline_calls, capsys):
@@ -478,13 +518,19 @@ def test_dry_run_says_what_it_takes_and_refuses_what_does_not_fit(monkeypatch, c
     from tiny import llama_program
 
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("options: {linear: ['quantize{bits=4}']}\ncalibration: {samples: 4, seqlen: 16}\n")
+    recipe.write_text("options: {linear: ['quantize{solver=rtn}']}\ncalibration: {dataset: random, samples: 4, seqlen: 16}\n")
     monkeypatch.setattr(pipeline, "capture", lambda source: llama_program())
     line = ["export", str(tmp_path / "o" / "m.onnx"), "--model", "m", "--recipe", str(recipe), "--dry-run"]
     assert cli.run([*line, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["total_seconds"] > 0 and found["memory"] > llama_program().nbytes() and found["disk"] > 0
     assert not (tmp_path / "o").exists()
+    assert set(found["seconds"]) == {"compressing", "measuring", "writing"}
+    for command, steps in (("analyze", set()), ("plan", set()), ("plan --max-kl 1", {"compressing", "measuring"})):
+        assert cli.run([*command.split(), *line[2:], "--json"]) == 0
+        assert set(json.loads(capsys.readouterr().out)["seconds"]) == steps
+    assert cli.run([*line, "--eval-dataset", "none.npz"]) == 2  # what the run would stop at, the dry run says
+    assert "none.npz" in capsys.readouterr().err
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1_000_000))
     assert cli.run(line) == 2
     printed = capsys.readouterr()
@@ -542,6 +588,13 @@ def test_compress_eval_replan_and_report_a_real_program(tmp_path, capsys):
         error = capsys.readouterr().err
         assert f"edited.yaml:{line}: " in error and said in error
         assert not (tmp_path / "other").exists()
+
+    both = ["compress", str(tmp_path / "both"), *given, "--bits", "18"]
+    assert cli.run([*both, "--max-kl", "1e-9"]) == 2
+    assert "past the limit of 1e-09" in capsys.readouterr().err and not (tmp_path / "both").exists()
+    assert cli.run([*both, "--max-kl", "99", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes"]["avg_bits"] <= 18 and found["measured"]["high"] <= 99
 
     assert cli.run(["analyze", *given, "--rows", "3"]) == 0
     assert "3 of" in capsys.readouterr().out

@@ -78,4 +78,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> NoReturn:
     """The console script."""
+    keep_stdout()
     sys.exit(run())
+
+
+def keep_stdout() -> None:
+    """Results alone go to stdout: what native libraries print there (HiGHS does) goes to stderr, or it would end up in JSON and plans."""
+    try:
+        sys.stdout.flush()
+        ours = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # one of them is closed
+        return
+    sys.stdout = os.fdopen(ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)

@@ -57,17 +57,30 @@ class Healing:
 
 @dataclass(frozen=True)
 class Data:
-    """What it is judged on, and where that runs."""
+    """The samples that it runs on (to calibrate, or for `eval` to judge), the unit of damage, and where that runs."""
 
     dataset: Annotated[
         str | None,
-        Option(help="A file or folder (txt, jsonl, parquet, images, npz, safetensors), module:function, or a known name."),
+        Option(
+            help="Samples to run on: a file or folder (txt, jsonl, parquet, images, npz, safetensors), module:function, "
+            "topics, docstrings or random."
+        ),
     ] = None
-    samples: Annotated[int | None, Option(help="How many samples.", min=1)] = None
+    samples: Annotated[int | None, Option(help="How many of them.", min=1)] = None
     seqlen: Annotated[int | None, Option(help="Tokens per sample.", min=2)] = None
     metric: Annotated[str | None, Option(help="Unit of damage: kl, feature_kl, or your own module:function.")] = None
     device: Annotated[str, Option(help="cpu, cuda or cuda:1.")] = "cpu"
     seed: Annotated[int | None, Option(help="Of sampling and of everything random.")] = None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the result is judged on."""
+
+    eval_dataset: Annotated[
+        str | None,
+        Option(help="Held-out samples that damage is measured on; named as --dataset is, and sharing nothing with it."),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,11 @@ def flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def settings(
-    budget: Budgets | None = None, data: Data | None = None, run: Run | None = None, healing: Healing | None = None
+    budget: Budgets | None = None,
+    data: Data | None = None,
+    run: Run | None = None,
+    healing: Healing | None = None,
+    held_out: HeldOut | None = None,
 ) -> dict[str, Any]:
     """The keyword arguments of the pipeline that flags stand for. `BadInput` for a device or a size that cannot be."""
     from lwcompile.budget import parse_size
@@ -139,6 +156,8 @@ def settings(
         if healing.no_heal and healing.heal is not None:
             raise BadInput("--heal and --no-heal say opposite things; leave one of the two out")
         made |= {"heal": False if healing.no_heal else healing.heal}
+    if held_out is not None:
+        made |= {"eval_dataset": held_out.eval_dataset}
     return made
 
 

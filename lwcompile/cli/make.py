@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lwcompile.cli.console import err, note, show, show_json
-from lwcompile.cli.flags import Budgets, Data, Healing, Run, Source, flags, settings
+from lwcompile.cli.flags import Budgets, Data, Healing, HeldOut, Run, Source, flags, settings
 
 if TYPE_CHECKING:
+    from lwcompile.estimate import Command
     from lwcompile.pipeline import Result
     from lwcompile.program import Program
     from lwcompile.table import OptionTable
@@ -27,31 +28,33 @@ def export(
     path: Annotated[
         Path, typer.Argument(help="The file to write, such as model.onnx (or a folder, with --backend); its folder becomes loadable.")
     ],
-    source: Source, budget: Budgets, healing: Healing, data: Data, run: Run,
+    source: Source, budget: Budgets, healing: Healing, data: Data, held_out: HeldOut, run: Run,
 ) -> None:  # fmt: skip
     """Compile a model into a file that a runtime takes, and prove that the file computes the same."""
     from lwcompile import pipeline
 
-    words = settings(budget, data, run, healing)
+    words = settings(budget, data, run, healing, held_out)
     require_backend(path, run.backend, budget.recipe)
+    require_words(words)
     program = open_model(source.model)
     if run.dry_run:
-        return dry_run(program, words, path.parent, run.json)
+        return dry_run(program, words, path.parent, run.json, "export")
     finish(pipeline.export(program, path, progress=progress(), **words), run.json)
 
 
 @flags
 def compress(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write the compressed program into.")],
-    source: Source, budget: Budgets, healing: Healing, data: Data, run: Run,
+    source: Source, budget: Budgets, healing: Healing, data: Data, held_out: HeldOut, run: Run,
 ) -> None:  # fmt: skip
     """Compress a model and write it as a program that Python loads, without lowering it."""
     from lwcompile import pipeline
 
-    words = settings(budget, data, run, healing)
+    words = settings(budget, data, run, healing, held_out)
+    require_words(words)
     program = open_model(source.model)
     if run.dry_run:
-        return dry_run(program, words, folder, run.json)
+        return dry_run(program, words, folder, run.json, "compress")
     pipeline.require_writable(folder.parent)
     finish(pipeline.compress(program, folder, progress=progress(), **words), run.json)
 
@@ -65,9 +68,10 @@ def analyze(
     from lwcompile import pipeline
 
     words = settings(budget, data, run)
+    require_words(words)
     program = open_model(source.model)
     if run.dry_run:
-        return dry_run(program, words, Path(), run.json)
+        return dry_run(program, words, Path(), run.json, "analyze")
     session = pipeline.session(program, pipeline.Settings(**words), progress())
     table = session.table
     note(f"kept in {session.results.root}")
@@ -104,6 +108,20 @@ def require_backend(path: Path, backend: str | None, recipe: str) -> None:
     raise BadInput(f"no installed backend writes {what}; name it with one of {', '.join(known)}, or give --backend")
 
 
+def require_words(words: dict[str, Any]) -> None:
+    """A recipe, a plan's file or a plugin's name that cannot be meant is said before a model is downloaded and traced."""
+    from lwcompile.pipeline import Settings
+    from lwcompile.plans import Plan
+    from lwcompile.registry import plugins
+
+    known: dict[str, list[str]] = {}
+    for plugin in plugins():
+        known.setdefault(plugin.group, []).append(plugin.name)
+    Settings(**words).resolved().check_names(known)
+    if words["plan"] is not None:
+        Plan.load(words["plan"])
+
+
 def open_model(model: str | None) -> Program:
     """The program of `--model`, or of the demo model."""
     from lwcompile import pipeline
@@ -130,11 +148,14 @@ def finish(result: Result, as_json: bool) -> None:
         note(f"report {report}")
 
 
-def dry_run(program: Program, words: dict[str, Any], folder: Path, as_json: bool) -> None:
-    """Print what a run would take; `BadInput` where the machine does not have it."""
+def dry_run(program: Program, words: dict[str, Any], folder: Path, as_json: bool, command: Command) -> None:
+    """Print what a command would take; `BadInput` where the machine does not have it, or the samples are not there."""
+    from lwcompile import pipeline
     from lwcompile.estimate import estimate
 
-    found = estimate(program, folder=folder, **words)
+    wished = pipeline.Settings(**words)
+    pipeline.require_samples(pipeline.session(program, wished), judged=command in ("compress", "export"))
+    found = estimate(program, folder=folder, command=command, **words)
     show_json(found.to_json()) if as_json else show(str(found))
     found.require()
 

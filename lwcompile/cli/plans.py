@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lwcompile.cli.console import note, show, show_json
-from lwcompile.cli.flags import Budgets, Data, Json, Run, Source, flags, settings
-from lwcompile.cli.make import dry_run, open_model, progress
+from lwcompile.cli.flags import Budgets, Data, HeldOut, Json, Run, Source, flags, settings
+from lwcompile.cli.make import dry_run, open_model, progress, require_words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 @flags
 def plan(
-    ctx: typer.Context, source: Source, budget: Budgets, data: Data, run: Run,
+    ctx: typer.Context, source: Source, budget: Budgets, data: Data, held_out: HeldOut, run: Run,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here instead of to stdout.")] = None,
 ) -> None:  # fmt: skip
     """Choose an option for every site under a budget, and write the plan as YAML.
@@ -38,10 +38,11 @@ def plan(
         return
     from lwcompile import pipeline
 
-    words = settings(budget, data, run)
+    words = settings(budget, data, run, held_out=held_out)
+    require_words(words)
     program = open_model(source.model)
     if run.dry_run:
-        return dry_run(program, words, (output or Path("plan.yaml")).parent, run.json)
+        return dry_run(program, words, (output or Path("plan.yaml")).parent, run.json, "plan")
     made = pipeline.plan(program, progress=progress(), **words)
     if output is not None:
         made.save(output)

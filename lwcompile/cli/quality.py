@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lwcompile.cli.console import note, out, show, show_json
-from lwcompile.cli.flags import Data, Json, Source, device, flags, settings
+from lwcompile.cli.flags import Data, Json, Source, flags, settings
 from lwcompile.cli.make import open_model, progress
 
 if TYPE_CHECKING:
@@ -101,13 +101,11 @@ def chat(
     prompt: Annotated[str | None, typer.Option(help="Answer this and leave, instead of asking for lines.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 128,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
-    device_name: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")] = "cpu",
     json: Json = False,
 ) -> None:
     """Talk to a compressed model; with --compare beside the dense one, the first token that differs marked."""
     from lwcompile.errors import BadInput
 
-    device(device_name)
     if json and prompt is None:
         raise BadInput("--json needs --prompt: a conversation is no JSON document")
     speakers = [open_speaker(model, raw)] + ([open_speaker(compare, raw)] if compare is not None else [])
