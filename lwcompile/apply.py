@@ -14,6 +14,7 @@ from torch import fx
 
 from lwcompile.activations import input_stats, moments
 from lwcompile.contract import TransformPass, Wanted
+from lwcompile.errors import Refused
 from lwcompile.executor import Executor
 from lwcompile.manager import Manager, Step
 from lwcompile.memory import give_back
@@ -111,6 +112,32 @@ def apply_plan(
             manager.transform(compressed, numeric, _Start(ctx, tied), done)
         ctx.prefix = None
     return compressed
+
+
+def edit(program: Program, choices: Mapping[str, Sequence[Spec]], structure: Structure, ctx: Context) -> None:
+    """Apply a plan to `program` itself, outside of a transaction and with every layer calibrated on the dense model: a trial of it.
+
+    What refuses is passed over; no verifier looks at the result.
+    """
+    before = program.copy()
+    structural, numeric = _steps(program, choices, structure)
+    left: dict[str, list[Site]] = {}
+    for site, transform in structural:
+        if _tried(program, site, transform, ctx):
+            left[site.id] = transform.children(before.entries[site.entry], site)
+    for site, transform in numeric:
+        for child in left.get(site.id, [site]):
+            _tried(program, child, transform, ctx)
+
+
+def _tried(program: Program, site: Site, transform: TransformPass, ctx: Context) -> bool:
+    graph = program.entries[site.entry]
+    try:
+        transform.check(graph, site)
+        transform.apply(graph, site, ctx)
+    except Refused:
+        return False
+    return True
 
 
 class _Start:

@@ -257,6 +257,10 @@ class Allocator(Pass):
         """
         raise NotImplementedError
 
+    def measurements(self, table: OptionTable, budget: Budget) -> int:
+        """How many plans it asks the oracle for at most: for progress and `--dry-run`; 0 for those that ask for none."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Healing:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from lwcompile.calibration import calibrate_options, rank_correlation
+from lwcompile.choices import Offer
 from lwcompile.context import Context
 from lwcompile.contract import Damage, Score
 from lwcompile.errors import BadInput
 from lwcompile.plans import Plan
 from lwcompile.program import Program
 from lwcompile.spec import Spec
+from lwcompile.structure import Structure
 
 
 def price_by_scores(
@@ -48,6 +51,28 @@ def price_by_scores(
             for id, damage in ctx.shares(program, unit, lines[option].damage(ranked[unit])):
                 found.setdefault(id, {})[option] = damage
     ctx.remark(name, "", "note", f"its scores stand for {next(iter(lines.values()))}", points=len(measured))
+
+
+def price_joint(program: Program, offer: Offer, structure: Structure, found: dict[str, dict[Spec, Damage]]) -> None:
+    """Give joint options that nothing has priced the sum of what their parts do: the structural one at its site, and the numeric
+    one at each weight that it leaves there, less what of the weight is gone. Weights that are new (factors) have no such figure.
+    """
+    weights = {(s.entry, s.weight): s for s in structure.sites.values() if s.kind in ("linear", "embedding")}
+    for id, options in offer.options.items():
+        site = structure.sites[id]
+        for option in (o for o in options if o.then and o not in found.get(id, {})):
+            structural, numeric = option.parts
+            alone = found.get(id, {}).get(structural)
+            children = offer.transforms[option].children(program.entries[site.entry], site)
+            whole = [weights.get((child.entry, child.weight)) for child in children]
+            below = [None if w is None else found.get(w.id, {}).get(numeric) for w in whole]
+            if alone is None or any(damage is None for damage in below):
+                continue
+            total = alone.value
+            for child, weight, damage in zip(children, whole, below):
+                if weight is not None and damage is not None:
+                    total += max(damage.value, 0.0) * math.prod(child.shape) / math.prod(weight.shape)
+            found[id][option] = Damage(total, samples=alone.samples)
 
 
 def analysis_reports(

@@ -25,7 +25,7 @@ from lwcompile.apply import apply_plan
 from lwcompile.budget import Budget
 from lwcompile.choices import Offer, build_table, dense_bytes, groups_of, offer
 from lwcompile.context import Context, Progress, SilentProgress
-from lwcompile.contract import AnalysisPass, Backend, Damage, Healing, HealPass, Score, TransformPass
+from lwcompile.contract import Allocator, AnalysisPass, Backend, Damage, Healing, HealPass, Score, TransformPass
 from lwcompile.damage import DamageMeter, Estimate, evaluate
 from lwcompile.data import CalibrationSet, load_dataset
 from lwcompile.errors import BadInput, BadPlan, InfeasibleBudget, LwError
@@ -34,12 +34,13 @@ from lwcompile.folder import ProgramFolder
 from lwcompile.manager import Manager
 from lwcompile.memory import give_back
 from lwcompile.metric import Metric, default_metric, load_metric
+from lwcompile.oracle import Oracle
 from lwcompile.plans import Plan
 from lwcompile.program import Program
 from lwcompile.recipe import Recipe
 from lwcompile.registry import make, plugins
 from lwcompile.rundir import RunDir, code_hash, content_key, short_hash, versions
-from lwcompile.scoring import analysis_reports, price_by_scores
+from lwcompile.scoring import analysis_reports, price_by_scores, price_joint
 from lwcompile.spec import Spec
 from lwcompile.structure import Structure, find_structure
 from lwcompile.table import OptionTable
@@ -202,6 +203,7 @@ class Session:
             scores = {site: value for site, value in annotations.items() if isinstance(value, Score)}
             if scores:
                 price_by_scores(ctx, self.dense, Spec.parse(spec).name, scores, found)
+        price_joint(self.dense, self.offer, self.structure, found)
         return found
 
     def analysis_reports(self, plan: Plan | None = None) -> list[dict[str, Any]]:
@@ -224,11 +226,11 @@ class Session:
     def plan(self, budget: Budget | None = None) -> Plan:
         """The allocator's plan under a budget (the recipe's, if none is given), with where it came from."""
         budget = self.recipe.budget if budget is None else budget
-        allocator = make("allocators", self.recipe.allocator)
+        allocator: Allocator = make("allocators", self.recipe.allocator)
         table = self.table
-        with self._timed("allocating"):
+        with self._timed("allocating"), self.progress.task("whole plans", allocator.measurements(table, budget)) as task:
             try:
-                plan = allocator.allocate(table, budget)
+                plan = allocator.allocate(table, budget, Oracle(self.dense, self.structure, self._ready(), task=task))
             except InfeasibleBudget as error:
                 refused = Counter(c.refused for row in table.sites.values() for c in row.choices if c.refused)
                 if not refused:
@@ -236,7 +238,7 @@ class Session:
                 (reason, times), *_ = refused.most_common(1)
                 whole = f"{error}; {refused.total()} options were refused, {times} of them because {reason}"
                 raise InfeasibleBudget(whole) from error
-        return plan.replace(origin=self.origin())
+        return plan.replace(origin=plan.origin | self.origin())
 
     def adopt(self, plan: Plan) -> Plan:
         """A plan from elsewhere, checked against the table (`BadPlan` with file and line), with what it is predicted to be.

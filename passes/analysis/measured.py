@@ -33,7 +33,8 @@ from lwcompile.spec import Spec
 class Measured(AnalysisPass):
     """Damage of each option in the metric's unit, on about `tokens` tokens of the calibration samples (none: all of them).
 
-    `only` names a transform: options of others are passed over, as after an analysis that predicts those well. `units` are how many
+    `only` names a transform: options of others are passed over, as after an analysis that predicts those well. `joint=false` passes
+    over options that join two, which are then taken to do what both do alone. `units` are how many
     sites (or groups that go together) of each kind are measured, drawn by the seed: enough to turn other analyses' scores into
     damages, or to judge their ranking.
     """
@@ -43,6 +44,7 @@ class Measured(AnalysisPass):
 
     tokens: int | None = 4096
     only: str | None = None
+    joint: bool = True
     units: int | None = None
 
     def __post_init__(self) -> None:
@@ -52,8 +54,8 @@ class Measured(AnalysisPass):
             raise BadPlan(f"measured needs at least one unit, not {self.units}")
 
     def run(self, program: Program, ctx: Context) -> Iterator[tuple[str, Spec, Damage]]:
-        trial, whole = _Trial(self, program, ctx), replace(self, only=None, units=None)
-        offers = [(unit, option) for unit, option in ctx.offers(program) if self.only in (None, option.name)]
+        trial, whole = _Trial(self, program, ctx), replace(self, only=None, joint=True, units=None)
+        offers = [(unit, option) for unit, option in ctx.offers(program) if self._wants(option)]
         if self.units is not None:
             drawn = self._draw(program, ctx, [unit for unit, _ in offers])
             offers = [(unit, option) for unit, option in offers if unit in drawn]
@@ -68,6 +70,9 @@ class Measured(AnalysisPass):
                     continue
                 for id, damage in ctx.shares(program, unit, Damage(**found, measured=True)):
                     yield id, option, damage
+
+    def _wants(self, option: Spec) -> bool:
+        return self.only in (None, option.name) and (self.joint or not option.then)
 
     def _draw(self, program: Program, ctx: Context, units: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
         """`units` of each kind of site, at random."""

@@ -1,0 +1,157 @@
+"""One budget, every transform: what each way of spending the same bytes does to SmolLM2, unhealed and healed.
+
+    python -m benchmarks.texts texts && python -m benchmarks.budget --texts texts
+
+quantization only: bits and groups at every weight. Drops on a 4-bit base: everything in 4 bits, and whole sublayers leave until the size
+is met. All together: bits, groups, dropped sublayers and narrower MLPs in one table. All are chosen by the same search over whole
+plans (as many measured each) from the same scores, on the Debian Reference, compressed by the same solver, and judged on the Python
+tutorial. Bytes are the program folder's, everything stored counted; 40 MB is 2.4 bits a parameter. SmolLM2's linears lie on a Q4_1 grid,
+so figures at 4 bits are of a re-quantization.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import texts as texts_of
+from benchmarks.models import program
+from lwcompile.budget import Budget, parse_size
+from lwcompile.data import load_dataset
+from lwcompile.errors import InfeasibleBudget
+from lwcompile.manager import Manager
+from lwcompile.oracle import Oracle
+from lwcompile.pipeline import Settings, session
+from lwcompile.plans import Plan
+from lwcompile.progress import terminal_progress
+from lwcompile.recipe import Recipe
+from lwcompile.registry import make
+from lwcompile.session import Session
+from lwcompile.spec import Spec
+from lwcompile.table import Options, OptionTable
+
+NUMERIC = (
+    "quantize{bits=[2,3,4,5,6,8],group_size=64}",
+    "quantize{bits=2,group_size=[32,128]}",
+    "quantize{bits=[3,4],group_size=128}",
+)
+NARROW = "prune_mlp{ratio=[0.125,0.25,0.5],multiple=64}"
+WITH_BITS = NARROW + " + quantize{bits=[2,3,4],group_size=64}"
+BASE = Spec.parse("quantize{bits=4,group_size=64}")
+CASES: dict[str, Callable[[Options], bool]] = {
+    "quantization only": lambda options: all(o.name == "quantize" for o in options),
+    "drops on a 4-bit base": lambda options: options in ((BASE,), (Spec("drop"),)),
+    "all together": lambda options: True,
+}
+
+
+def recipe(texts: Path) -> Recipe:
+    specs = lambda *texts: tuple(map(Spec.parse, texts))  # noqa: E731
+    return Recipe.named("quality").with_(
+        analyses=specs("fisher{tokens=8192}", "measured{only=drop,tokens=1024}", "measured{only=prune_mlp,joint=false,tokens=1024}"),
+        options={
+            "linear": specs(*NUMERIC), "embedding": specs(*NUMERIC), "attention": specs("drop"),
+            "mlp": specs("drop", NARROW, WITH_BITS),
+        },
+        calibration={"dataset": texts_of.calibration(texts), "samples": 64, "seqlen": 256},
+        evaluation={"dataset": texts_of.evaluations(texts)["tutorial"], "samples": 16, "seqlen": 256, "order": "sequential"},
+    )  # fmt: skip
+
+
+def restricted(table: OptionTable, wanted: Callable[[Options], bool]) -> OptionTable:
+    """The table with some of its options alone; a base that must be carried leaves no way to keep a weight dense."""
+    rows = {
+        id: dataclasses.replace(row, choices=tuple(c for c in row.choices if not c.options or wanted(c.options)))
+        for id, row in table.sites.items()
+    }
+    named = {id: {o for c in row.choices for o in c.options} for id, row in rows.items()}
+    exclusions = [e for e in table.exclusions if e.option in named[e.site] and e.other_option in named[e.other]]
+    return dataclasses.replace(table, sites=rows, exclusions=tuple(exclusions))
+
+
+def spent(plan: Plan) -> str:
+    """What a plan chose, in a cell."""
+    drops = [id for id, options in plan.choices.items() if any(o.name == "drop" for o in options)]
+    narrow = [id for id, options in plan.choices.items() if any(o.name == "prune_mlp" for o in options)]
+    bits: dict[Any, int] = {}
+    for options in plan.choices.values():
+        for o in options:
+            if o.name == "quantize":
+                bits[o.get("bits")] = bits.get(o.get("bits"), 0) + 1
+    words = [f"{n} at {b} bits" for b, n in sorted(bits.items())]
+    for kind in ("attention", "mlp"):
+        if gone := sum(id.endswith(kind) for id in drops):
+            words.append(f"{gone} {kind} dropped")
+    return ", ".join([*words, *([f"{len(narrow)} MLPs narrowed"] if narrow else [])])
+
+
+def healed(run: Session, made: Any, texts: Path, tokens: int) -> Any:
+    """The program distilled on fresh windows of the calibration text, as many steps as `tokens` take."""
+    seqlen, batch = 256, 8
+    steps = max(1, round(tokens / (seqlen * batch)))
+    text = load_dataset(
+        texts_of.calibration(texts), tokenizer=run.program.tokenizer(), samples=tokens // seqlen + 16, seqlen=seqlen
+    )
+    ctx, copy = dataclasses.replace(run._ready(), calibration=text), made.copy()
+    done = Manager(ctx).heal(copy, run.dense, make("passes", Spec.of("distill", steps=steps)))
+    return copy if done is not None else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    texts_of.arguments(parser)
+    parser.add_argument("--sizes", nargs="*", default=["72MB", "60MB", "50MB", "40MB"])
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--evaluations", type=int, default=64, help="whole plans that each search measures")
+    parser.add_argument("--heal", type=int, default=100_000, help="tokens to distil on; 0 heals nothing")
+    parser.add_argument("--run-dir", type=Path, default=Path("lwcompile-runs/budget"))
+    parser.add_argument("--out", type=Path, help="add the rows to this file as JSON lines")
+    options = parser.parse_args()
+    dense = program("smollm2")
+    run = session(dense, Settings(recipe=recipe(options.texts), run_dir=options.run_dir), terminal_progress())
+    table = run.table
+    print(
+        "| size | way | plan | predicted | searched on calibration text | KL, nats a token | healed |\n|---|---|---|---|---|---|---|"
+    )
+    for size in options.sizes:
+        for case in options.cases:
+            started = time.process_time()
+            search = make("allocators", Spec.of("search", evaluations=options.evaluations))
+            with run.progress.task(f"{case}, {size}", options.evaluations) as task:
+                oracle = Oracle(run.dense, run.structure, run._ready(), task=task)
+                try:
+                    plan = search.allocate(restricted(table, CASES[case]), Budget(bytes=parse_size(size)), oracle)
+                except InfeasibleBudget as error:
+                    print(f"| {size} | {case} | {error} | | | | |", flush=True)
+                    continue
+            made = run.compress(plan)
+            found, after = run.measure(made)["damage"], None
+            if options.heal and (better := healed(run, made, options.texts, options.heal)) is not None:
+                after = run.measure(better)["damage"]
+            cells = [size, case, spent(plan), f"{plan.predicted:.3f}"]
+            cells += ["{measured_start:.3f} to {measured_end:.3f}".format(**plan.origin)]
+            cells += ["" if e is None else f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})" for e in (found, after)]
+            print(
+                "| " + " | ".join(map(str, cells)) + f" | <!-- {time.process_time() - started:.0f} s of processor time -->",
+                flush=True,
+            )
+            plan.save(options.run_dir / f"{case.replace(' ', '-')}-{size}.yaml", table)
+            if options.out is not None:
+                row = {
+                    "size": size,
+                    "case": case,
+                    "plan": str(spent(plan)),
+                    "damage": found.to_json(),
+                    "healed": after and after.to_json(),
+                }
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row | {"origin": plan.origin, "bytes": plan.bytes}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
