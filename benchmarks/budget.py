@@ -33,7 +33,7 @@ from lwcompile.recipe import Recipe
 from lwcompile.registry import make
 from lwcompile.session import Session
 from lwcompile.spec import Spec
-from lwcompile.table import Options, OptionTable
+from lwcompile.table import Options
 
 NUMERIC = (
     "quantize{bits=[2,3,4,5,6,8],group_size=64}",
@@ -53,7 +53,7 @@ CASES: dict[str, Callable[[Options], bool]] = {
 def recipe(texts: Path) -> Recipe:
     specs = lambda *texts: tuple(map(Spec.parse, texts))  # noqa: E731
     return Recipe.named("quality").with_(
-        analyses=specs("fisher{tokens=8192}", "measured{only=drop,tokens=1024}", "measured{only=prune_mlp,joint=false,tokens=1024}"),
+        analyses=specs("fisher{tokens=8192}", "measured{only=[drop,prune_mlp],joint=false,tokens=1024}"),
         options={
             "linear": specs(*NUMERIC), "embedding": specs(*NUMERIC), "attention": specs("drop"),
             "mlp": specs("drop", NARROW, WITH_BITS),
@@ -61,17 +61,6 @@ def recipe(texts: Path) -> Recipe:
         calibration={"dataset": texts_of.calibration(texts), "samples": 64, "seqlen": 256},
         evaluation={"dataset": texts_of.evaluations(texts)["tutorial"], "samples": 16, "seqlen": 256, "order": "sequential"},
     )  # fmt: skip
-
-
-def restricted(table: OptionTable, wanted: Callable[[Options], bool]) -> OptionTable:
-    """The table with some of its options alone; a base that must be carried leaves no way to keep a weight dense."""
-    rows = {
-        id: dataclasses.replace(row, choices=tuple(c for c in row.choices if not c.options or wanted(c.options)))
-        for id, row in table.sites.items()
-    }
-    named = {id: {o for c in row.choices for o in c.options} for id, row in rows.items()}
-    exclusions = [e for e in table.exclusions if e.option in named[e.site] and e.other_option in named[e.other]]
-    return dataclasses.replace(table, sites=rows, exclusions=tuple(exclusions))
 
 
 def spent(plan: Plan) -> str:
@@ -125,7 +114,11 @@ def main() -> None:
             with run.progress.task(f"{case}, {size}", options.evaluations) as task:
                 oracle = Oracle(run.dense, run.structure, run._ready(), task=task)
                 try:
-                    plan = search.allocate(restricted(table, CASES[case]), Budget(bytes=parse_size(size)), oracle)
+                    plan = search.allocate(
+                        table.offering(lambda choice, case=case: CASES[case](choice.options)),
+                        Budget(bytes=parse_size(size)),
+                        oracle,
+                    )
                 except InfeasibleBudget as error:
                     print(f"| {size} | {case} | {error} | | | | |", flush=True)
                     continue

@@ -164,9 +164,15 @@ def session(program: Program, settings: Settings, progress: Progress | None = No
 
 
 def plan(program: Program, *, progress: Progress | None = None, **settings: Any) -> Plan:
-    """Choose an option for every site: see `Settings` for the words. A plan given by file is checked and returned."""
+    """Choose an option for every site: see `Settings` for the words. A plan given by file is checked and returned.
+
+    A plan that changes structure says in its origin what its size would cost with numeric formats alone.
+    """
     wished = Settings(**settings)
-    return _planned(session(program, wished, progress), wished)[0]
+    run = session(program, wished, progress)
+    made = _planned(run, wished)[0]
+    alone = formats_alone(run, made) if wished.plan is None else None
+    return made if alone is None else made.replace(origin=made.origin | {"numeric formats alone": alone})
 
 
 def _planned(run: Session, settings: Settings) -> tuple[Plan, Program | None]:
@@ -351,6 +357,23 @@ def _whole(folder: Path, write: Any) -> None:
 # --- the report
 
 
+def formats_alone(run: Session, chosen: Plan) -> dict[str, Any] | None:
+    """What the size of a plan costs with numeric formats and nothing else, by the same scores; None for a plan without structure."""
+    size = chosen.bytes or run.table.evaluate(chosen.choices).bytes
+    try:
+        plan = run.formats_alone(Budget(bytes=size))
+    except InfeasibleBudget as error:
+        return {"plan's bytes": size, "refused": str(error)}
+    if plan is None:
+        return None
+    return {
+        "plan's bytes": size,
+        "predicted with all options": chosen.predicted,
+        "predicted": plan.predicted,
+        "bytes": plan.bytes,
+    }
+
+
 def _report(run: Session, chosen: Plan, found: Mapping[str, Any], healing: Mapping[str, Any] | None = None) -> Report:
     from lwcompile.registry import make
 
@@ -373,6 +396,7 @@ def _report(run: Session, chosen: Plan, found: Mapping[str, Any], healing: Mappi
         },
         remarks=_remarks(run),
         **({} if healing is None else {"healing": dict(healing)}),
+        **({} if (alone := formats_alone(run, chosen)) is None else {"numeric formats alone": alone}),
         seconds={name: round(s, 2) for name, s in run.seconds.items()},
         versions=versions(),
         seed=run.recipe.seed,

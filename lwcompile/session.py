@@ -43,7 +43,7 @@ from lwcompile.rundir import RunDir, code_hash, content_key, short_hash, version
 from lwcompile.scoring import analysis_reports, price_by_scores, price_joint
 from lwcompile.spec import Spec
 from lwcompile.structure import Structure, find_structure
-from lwcompile.table import OptionTable
+from lwcompile.table import Choice, OptionTable
 
 LIMIT_ROUNDS = 5
 """How many plans `--max-kl` may measure before it settles for the smallest that keeps the limit."""
@@ -239,6 +239,21 @@ class Session:
                 whole = f"{error}; {refused.total()} options were refused, {times} of them because {reason}"
                 raise InfeasibleBudget(whole) from error
         return plan.replace(origin=plan.origin | self.origin())
+
+    def formats_alone(self, budget: Budget) -> Plan | None:
+        """What the same scores make of a budget with numeric formats and nothing else; None where the recipe offers nothing else.
+
+        `InfeasibleBudget` if they cannot meet it.
+        """
+        numeric = {spec for spec, transform in self.offer.transforms.items() if not spec.then and not transform.structural}
+
+        def is_numeric(choice: Choice) -> bool:
+            return choice.structural is None and choice.option in numeric
+
+        if all(is_numeric(c) for row in self.table.sites.values() for c in row.choices if c.options and not c.refused):
+            return None
+        budget = dataclasses.replace(budget, drop_sublayers=None)
+        return make("allocators", self.recipe.allocator).allocate(self.table.offering(is_numeric), budget)
 
     def adopt(self, plan: Plan) -> Plan:
         """A plan from elsewhere, checked against the table (`BadPlan` with file and line), with what it is predicted to be.

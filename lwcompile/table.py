@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -168,6 +168,17 @@ class OptionTable:
         """What `options` at `source` do at `own`, which reads the same tensor: what they would do there, else what they do there."""
         there = self.sites[own].by_options.get(options)
         return (self.sites[source].choice(options) if there is None or there.refused else there).predicted
+
+    def offering(self, wanted: Callable[[Choice], bool]) -> OptionTable:
+        """The table with some of its choices alone, keep always among them: what a part of the options would do."""
+        rows = {
+            id: replace(row, choices=tuple(c for c in row.choices if not c.options or wanted(c)))
+            for id, row in self.sites.items()
+        }
+        named = {id: {spec for options in row.by_options for spec in options} for id, row in rows.items()}
+        pairs = [e for e in self.exclusions if canonical([e.option])[0] in named[e.site]]
+        pairs = [e for e in pairs if canonical([e.other_option])[0] in named[e.other]]
+        return replace(self, sites=rows, exclusions=tuple(pairs))
 
     # --- what a plan is
 

@@ -114,13 +114,13 @@ def test_unknown_plugins_are_named_with_their_line() -> None:
 
 
 def test_shipped_recipes(tmp_path: Path) -> None:
-    assert shipped() == ["balanced", "best", "fast", "quality", "transformers"]
+    assert shipped() == ["balanced", "best", "compact", "fast", "quality", "transformers"]
     for name in shipped():
         recipe = Recipe.named(name)
         assert recipe.offered("block0.mlp.up", "linear") and recipe.budget.sized and recipe.analyses and recipe.description
         assert recipe.offered("embedding", "embedding") == recipe.offered("head", "linear")  # tied ones carry the same option
     with pytest.raises(
-        BadInput, match=r"no recipe is named 'balancd' \(did you mean 'balanced'\?\); there are balanced, best, fast"
+        BadInput, match=r"no recipe is named 'balancd' \(did you mean 'balanced'\?\); there are balanced, best, compact"
     ):
         Recipe.find("balancd")
     (tmp_path / "mine.yaml").write_text(TEXT)

@@ -167,3 +167,22 @@ def test_a_joint_option_does_what_its_parts_do_together(tmp_path) -> None:
     parts = sum(run.table.sites[id].by_options[(Spec.parse(format),)].predicted for id in below)
     assert joint.damage == pytest.approx(alone.damage + 0.75 * parts)
     assert joint.bytes < alone.bytes
+
+
+def test_the_report_says_what_the_same_size_costs_in_numeric_formats_alone(tmp_path) -> None:
+    from lwcompile.pipeline import formats_alone
+
+    numeric = [Spec.parse("quantize{bits=[2,4],group_size=16,solver=hqq}")]
+    data = {"dataset": "random", "samples": 8, "seqlen": 12}
+    options = {"linear": numeric, "embedding": numeric, "mlp": [Spec("drop")]}
+    recipe = Recipe.named("fast").with_(options=options, calibration=data, evaluation=data)
+    run = session(tiny.llama_program(), Settings(recipe=recipe, backend="program", run_dir=tmp_path / "run"))
+    plan = run.plan(Budget(bytes=int(0.9 * run.table.evaluate({}).bytes), drop_sublayers=2))
+    said = formats_alone(run, plan)
+    assert said is not None and said["bytes"] <= plan.bytes and said["predicted"] < said["predicted with all options"]
+    smallest = run.plan(Budget(bytes=1 + run.table.evaluate(run.plan(Budget(max_damage=math.inf)).choices).bytes))
+    said = formats_alone(run, smallest)
+    assert said is not None and "smallest plan" in said["refused"]  # without dropping, that size is not to be had
+    only = Recipe.named("fast").with_(options={"linear": numeric}, calibration=data, evaluation=data)
+    other = session(tiny.llama_program(), Settings(recipe=only, backend="program", run_dir=tmp_path / "other"))
+    assert formats_alone(other, other.plan(Budget(avg_bits=20))) is None

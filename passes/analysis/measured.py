@@ -33,7 +33,7 @@ from lwcompile.spec import Spec
 class Measured(AnalysisPass):
     """Damage of each option in the metric's unit, on about `tokens` tokens of the calibration samples (none: all of them).
 
-    `only` names a transform: options of others are passed over, as after an analysis that predicts those well. `joint=false` passes
+    `only` names transforms: options of others are passed over, as after an analysis that predicts those well. `joint=false` passes
     over options that join two, which are then taken to do what both do alone. `units` are how many
     sites (or groups that go together) of each kind are measured, drawn by the seed: enough to turn other analyses' scores into
     damages, or to judge their ranking.
@@ -43,7 +43,7 @@ class Measured(AnalysisPass):
     provides: ClassVar[tuple[str, ...]] = ("damage",)
 
     tokens: int | None = 4096
-    only: str | None = None
+    only: str | tuple[str, ...] | None = None
     joint: bool = True
     units: int | None = None
 
@@ -72,7 +72,8 @@ class Measured(AnalysisPass):
                     yield id, option, damage
 
     def _wants(self, option: Spec) -> bool:
-        return self.only in (None, option.name) and (self.joint or not option.then)
+        named = (self.only,) if isinstance(self.only, str) else self.only
+        return (named is None or option.name in named) and (self.joint or not option.then)
 
     def _draw(self, program: Program, ctx: Context, units: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
         """`units` of each kind of site, at random."""
