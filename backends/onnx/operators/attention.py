@@ -16,6 +16,8 @@ import torch
 from torch import fx
 
 from lwcompile.backends.onnx.lowering import Lowering, lowers
+from lwcompile.backends.onnx.operators.bands import near_attention
+from lwcompile.bands import read_band
 
 aten = torch.ops.aten
 
@@ -27,8 +29,11 @@ def attention(
 ) -> ir.Value:  # fmt: skip
     width = g.dims(query)[-1]
     scale = 1 / math.sqrt(width) if scale is None and isinstance(width, int) else scale
-    mask = None if attn_mask is None else attention_mask(g, attn_mask, query)
     settings = {"scale": scale, "is_causal": int(is_causal)}
+    band = read_band(attn_mask) if attn_mask is not None and g.rank(query) == 4 else None
+    if band is not None and (near := near_attention(g, band, (query, key, value), settings)) is not None:
+        return g.split_heads(node, near)
+    mask = None if attn_mask is None else attention_mask(g, attn_mask, query)
     if g.rank(query) == 4 and (flat := _from_flat(g, node, (query, key, value), mask, settings)) is not None:
         return flat
     q, k, v = (four(g, n) for n in (query, key, value))
