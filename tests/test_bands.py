@@ -11,6 +11,7 @@ from lwcompile.attention import find_attentions, slots
 from lwcompile.bands import read_band
 from lwcompile.decode import derive_decode
 from lwcompile.graph import ModelGraph, iterate_calls
+from lwcompile.passes.transform.linear_attention import Linear
 from lwcompile.passes.transform.window import Window
 from lwcompile.program import Program
 from lwcompile.tracing import capture_module
@@ -53,15 +54,18 @@ def test_a_mask_of_other_numbers_is_no_band():
     assert read_band(mask) is None
 
 
-@pytest.mark.parametrize(("size", "sinks", "block"), [(4, 0, 3), (5, 2, 4), (3, 1, 64)])
-def test_blocks_are_the_masked_attention(size, sinks, block, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("transform", "block"),
+    [(Window(4, 0), 3), (Window(5, 2), 4), (Window(3, 1), 64), (Linear(4, steps=0), 3), (Linear(2, steps=0), 4), (Linear(5, steps=0), 64)],
+)
+def test_blocks_are_the_whole_attention(transform, block, tmp_path, monkeypatch):
     """Lengths below, at and above window and block, three rows padded on the left; the parity of the backend has none of these."""
     pytest.importorskip("onnxruntime")
     from lwcompile.backends.onnx.backend import Onnx
     from lwcompile.backends.onnx.operators import bands as operators
 
     monkeypatch.setattr(operators, "BLOCK", block)
-    graph = windowed(zoo.captured("llama"), Window(size, sinks))
+    graph = windowed(zoo.captured("llama"), transform)
     backend, path = Onnx(), tmp_path / "model.onnx"
     backend.lower(Program({"forward": graph}, graph.store), path, None)
     for length in (1, 3, 8, 9, 23):
