@@ -1,7 +1,7 @@
 """What each form of attention costs at single layers of SmolLM2, before any healing, and at which length its cache and work pay.
 
     python -m benchmarks.texts texts && python -m benchmarks.attention --texts texts
-    python -m benchmarks.attention --texts texts --files        # two ONNX files instead: a window at every layer beside none
+    python -m benchmarks.attention --files onnx        # ONNX files instead, timed: dropped, windowed and linear ones beside the dense
 
 Damage is KL to the dense model in nats a token, at windows of 512 tokens of one text that the feature maps have not been fitted on;
 one layer is changed at a time, and in the last rows all are. Feature maps are fitted on the Debian Reference.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -94,23 +93,29 @@ def by_layer(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def files(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Prefill of some tokens, and one token behind as many, run by onnxruntime in float32."""
+    """Prefill of some tokens, and one token behind as many, run by onnxruntime in float32, beside the dense model in ratios."""
     from lwcompile.backends.onnx.backend import Onnx
     from lwcompile.backends.onnx.runtime import Runtime
 
     dense, rows = program("smollm2"), []
-    trial = Trial(dense, options)
-    every = [i for i, _ in enumerate(trial.structure.of_kind("attention"))]
-    for form in (None, "window{size=128}", "linear{steps=0}"):
-        made = dense if form is None else trial.edited(form, every)
-        both = dataclasses.replace(made, entries={"forward": made.main, "decode": derive_decode(made.main)})
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            parity = Onnx().lower(both, path, trial.ctx)
-            times = {length: Runtime.of(path).speed(length, 5.0) for length in (128, 512, 2048)}
-        rows.append({"form": form or "softmax", "parity": parity.worst, "ms": times})
-        said = "  ".join(f"{n}: {t['prefill_ms']:.0f} and {t['decode_ms']:.1f} ms" for n, t in times.items())
-        print(f"{form or 'softmax':18} parity {parity.worst:.1e}  {said}", flush=True)
+    ctx = Context(program=dense)
+    every = [site.id for site in ctx.find_structure(dense).of_kind("attention")]
+    for label, (form, sites) in {
+        "softmax": (None, every), "dropped at every third": ("drop", every[1::3]), "window of 128, 4 sinks": ("window{size=128}", every),
+        "linear outside 64": ("linear{steps=0}", every),
+    }.items():  # fmt: skip
+        path = options.files / f"{label.replace(' ', '-').replace(',', '')}.onnx"
+        if not path.is_file():
+            made = dense if form is None else ctx.edited(dense, sites, [Spec.parse(form)])
+            both = dataclasses.replace(made, entries={"forward": made.main, "decode": derive_decode(made.main)})
+            print(f"{label}: parity {Onnx().lower(both, path, ctx).worst:.1e}", flush=True)
+        if not options.write_only:
+            rows.append({"form": label, "ms": {n: Runtime.of(path).speed(n, options.seconds) for n in options.lengths}})
+    steps = [(n, kind) for kind in ("prefill", "decode") for n in options.lengths] if rows else []
+    for row in rows:
+        times, least = ((r["ms"][n][f"{kind}_ms"] for n, kind in steps) for r in (row, rows[0]))
+        said = [f"{n} {kind}: {ms:.0f} ms ({before / ms:.2f}x)" for (n, kind), ms, before in zip(steps, times, least)]
+        print(f"{row['form']:24} {'  '.join(said)}", flush=True)
     return rows
 
 
@@ -120,10 +125,13 @@ def main() -> None:
     parser.add_argument("--text", default="tutorial", choices=texts_of.EVALUATIONS)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--layers", type=int, nargs="*", default=[0, 7, 14, 21, 28])
-    parser.add_argument("--files", action="store_true", help="write ONNX files and time them, instead of measuring damage")
+    parser.add_argument("--files", type=Path, help="write ONNX files into this folder and time them, instead of measuring damage")
+    parser.add_argument("--write-only", action="store_true", help="with --files: do not time them yet")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[512, 2048], help="with --files: tokens")
+    parser.add_argument("--seconds", type=float, default=5.0, help="with --files: of repetition for each time")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
-    rows = files(options) if options.files else by_layer(options)
+    rows = files(options) if options.files is not None else by_layer(options)
     if options.out is not None:
         options.out.write_text(json.dumps(rows, indent=1))
 

@@ -26,6 +26,7 @@ from lwcompile.site import Site
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 HYBRID = torch.ops.lwcompile.hybrid_attention.default
+RELU = torch.ops.lwcompile.relu_attention.default
 _SLOTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -49,8 +50,8 @@ class Attention:
 
     kind: "self" if keys come from the stream that asks, "cross" if from another input.
     mask: the rule it follows, or None where the mask follows no rule that is known (`bias` is its node).
-    softmax_window: keys that are read by softmax where the others are read by feature maps (`lwcompile.linear_attention`); None if
-        all are. features: of these maps.
+    softmax_window: keys that are read by softmax where the others are read by feature maps (`lwcompile.linear_attention`; 0 in
+        `lwcompile.relu_attention`); None if all are. features: of these maps.
     key_latent, value_latent: [B, 1, S, r], what keys or values follow from position by position (see `latent_of`); None if nothing.
     """
 
@@ -78,12 +79,12 @@ def find_attentions(graph: ModelGraph, within: Collection[fx.Node] | None = None
     rules: dict[fx.Node, MaskRule | None] = {}
     heads = _single_heads(graph)
     found = []
-    for node in iterate_calls(graph, SDPA, HYBRID):
+    for node in iterate_calls(graph, SDPA, HYBRID, RELU):
         query, key, value, mask = _operands(node)
         if query.meta["val"].dim() != 4 or (within is not None and node not in within):
             continue
-        if node.target is HYBRID:
-            found.append(_hybrid(node, next(iter(reads[mask]), None) if mask is not None else None))
+        if node.target is not SDPA:
+            found.append(_linear(node, next(iter(reads[mask]), None) if mask is not None else None))
             continue
         if mask is not None and mask not in rules:
             rules[mask] = recognise(graph, mask, reads)
@@ -131,11 +132,12 @@ def _operands(node: fx.Node) -> tuple[Any, Any, Any, Any]:
     return given
 
 
-def _hybrid(node: fx.Node, padding: str | None) -> Attention:
+def _linear(node: fx.Node, padding: str | None) -> Attention:
     query, key, value, open_ = _operands(node)
-    maps, window = cast(fx.Node, node.args[5]), cast(int, node.args[8])
+    hybrid = node.target is HYBRID
+    maps, window = cast(fx.Node, node.args[5 if hybrid else 4]), cast(int, node.args[8]) if hybrid else 0
     q, k, v = (n.meta["val"].shape for n in (query, key, value))
-    rule, count = MaskRule(True, None, padding), 2 * maps.meta["val"].shape[-1]
+    rule, count = MaskRule(hybrid, None, padding), 2 * maps.meta["val"].shape[-1]
     return Attention(node, query, key, value, q[1], k[1], k[3], v[3], "self", rule, open_, window, count)
 
 
@@ -150,7 +152,7 @@ def attentions_at(graph: ModelGraph, site: Site) -> list[Attention]:
         raise Refused("it is no longer in the graph", site=site.id)
     stops = {node for node in graph.graph.nodes if node.name == site.skip}
     stops |= {source for user in branch.users for source in user.all_input_nodes if source is not branch}
-    calls = set(iterate_calls(graph, SDPA, HYBRID))
+    calls = set(iterate_calls(graph, SDPA, HYBRID, RELU))
     within = ancestors(branch, stops | calls) & calls
     if any("val" not in source.meta for call in within for source in _operands(call)[:3]):
         graph.propagate()
@@ -336,7 +338,7 @@ def mask_only(graph: ModelGraph) -> set[fx.Node]:
 
 
 def _reads_as_mask_only(call: fx.Node, node: fx.Node) -> bool:
-    if call.target not in (SDPA, HYBRID):
+    if call.target not in (SDPA, HYBRID, RELU):
         return False
     mask = slots(call)["attn_mask"] if call.target is SDPA else call.args[3]
     return mask is node and node not in call.args[:3]

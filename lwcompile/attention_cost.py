@@ -4,11 +4,13 @@
     window    the last `size` keys and the sinks  both stop growing
     linear    a window, and a state for the rest  both stop growing; the state and the feature maps cost from the start
     latent    every key so far, made anew         the cache grows more slowly, and FLOPs faster
+    both ways no cache; a window reaches to both sides, and its sinks read all; ReLU maps have no window, and a convolution
 
 Counted for one sequence in one layer: products of queries with keys and of weights with values, feature maps, the state's update
 and its reading; a multiplication and an addition are two FLOPs. Projections are the same in all three and not counted, and
 neither are softmaxes. These are the method's figures: a runtime that computes a window as a mask over all keys saves its cache,
-and its FLOPs only while decoding from a cache that rolls.
+and its FLOPs only while decoding from a cache that rolls. ONNX files compute near keys only (a block of queries at a time), but
+for windows to both sides with sinks.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class AttentionCost:
 
     heads, kv_heads: of queries; of keys and values. key_width, value_width: a head's.
     window: keys that each query reads, itself among them; None for all. sinks: first keys that all read beside these.
-    features: of the linear part, 0 without one.
+    features: of the linear part, 0 without one. causal: each reads what is before it, else all read all.
+    taps: of a convolution of the values.
     latent: numbers cached for each token in the place of its keys and values, 0 for those. revived: products that make a cached
         token's keys and values of them.
     """
@@ -38,6 +41,8 @@ class AttentionCost:
     window: int | None = None
     sinks: int = 0
     features: int = 0
+    causal: bool = True
+    taps: int = 0
     latent: int = 0
     revived: int = 0
 
@@ -68,11 +73,19 @@ class AttentionCost:
         return pairs + 2 * maps + 2 * (self.heads + self.kv_heads) * self.features * (self.value_width + bool(self.features))
 
     def prefill_flops(self, length: int) -> int:
-        """`length` tokens at once, each reading those before it."""
+        """`length` tokens at once, each reading those before it, or all."""
+        each = 2 * self.heads * (self.key_width + self.value_width)
+        fixed = self.decode_flops(0) - (each if self.window != 0 else 0) + 2 * self.taps * self.kv_heads * self.value_width
+        return self._pairs(length) * each + length * fixed
+
+    def _pairs(self, length: int) -> int:
+        if not self.causal:
+            bound = length if self.window is None else min(length, self.window)
+            beyond = range(self.window, self.window + self.sinks) if self.window is not None else ()
+            near = length + (bound - 1) * (2 * length - bound) if bound else 0
+            return near + 2 * sum(max(0, length - start) for start in beyond)
         bound = length if self.capacity is None else min(length, self.capacity + 1)
-        pairs = bound * (bound + 1) // 2 + (length - bound) * bound
-        fixed = self.decode_flops(0) - 2 * self.heads * (self.key_width + self.value_width)
-        return 2 * pairs * self.heads * (self.key_width + self.value_width) + length * fixed
+        return bound * (bound + 1) // 2 + (length - bound) * bound
 
 
 def pays_from(new: Callable[[int], int], old: Callable[[int], int]) -> int | None:
@@ -87,15 +100,17 @@ def pays_from(new: Callable[[int], int], old: Callable[[int], int]) -> int | Non
 
 
 def say(new: AttentionCost, old: AttentionCost, length: int = 2048) -> tuple[str, dict[str, float]]:
-    """A sentence and its figures: from which lengths `new` pays, and its cache behind `length` tokens in float32."""
-    lengths = {
-        "cache": pays_from(new.cache_bytes, old.cache_bytes),
-        "decode": pays_from(new.decode_flops, old.decode_flops),
-        "prefill": pays_from(new.prefill_flops, old.prefill_flops),
-    }
+    """A sentence and its figures: from which lengths `new` pays, and, if causal, its cache behind `length` tokens in float32."""
+    lengths = {"prefill": pays_from(new.prefill_flops, old.prefill_flops)}
+    if new.causal:
+        caches = {"cache": pays_from(new.cache_bytes, old.cache_bytes), "decode": pays_from(new.decode_flops, old.decode_flops)}
+        lengths = caches | lengths
     parts = [f"{name} {'nowhere' if n is None else f'from {n} tokens'}" for name, n in lengths.items()]
-    before, after = old.cache_bytes(length), new.cache_bytes(length)
-    text = f"pays in {', '.join(parts)} on; its cache behind {length} tokens is {after:,} bytes instead of {before:,}"
+    text = f"pays in {', '.join(parts)} on"
     numbers = {f"{name}_pays_from": float(n) for name, n in lengths.items() if n is not None}
+    if not new.causal:
+        return text, numbers
+    before, after = old.cache_bytes(length), new.cache_bytes(length)
+    text += f"; its cache behind {length} tokens is {after:,} bytes instead of {before:,}"
     each = {"cache_per_token": 4 * new.token_numbers} if new.latent else {}
     return text, {**numbers, "cache_before": before, "cache_after": after, **each}

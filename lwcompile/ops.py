@@ -28,8 +28,9 @@ from torch._ops import OpOverload
 
 from lwcompile.formats import row_chunks, to_weights_, unpack_bits
 from lwcompile.linear_attention import absorb_keys, hybrid_attention
+from lwcompile.relu_attention import relu_attention
 
-__all__ = ["absorb_keys", "dequantize", "hybrid_attention"]
+__all__ = ["absorb_keys", "dequantize", "hybrid_attention", "relu_attention"]
 
 _UNPACKING: set[OpOverload] = set()
 

@@ -24,7 +24,11 @@ aten = torch.ops.aten
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 WEIGHTED = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.convolution.default)
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
-ATTENTIONS = (aten.scaled_dot_product_attention.default, torch.ops.lwcompile.hybrid_attention.default)
+ATTENTIONS = (
+    aten.scaled_dot_product_attention.default,
+    torch.ops.lwcompile.hybrid_attention.default,
+    torch.ops.lwcompile.relu_attention.default,
+)
 ROUTING = (aten.topk.default, aten.histc.default, aten.scatter.value, aten.one_hot.default, aten.scatter_.value)
 
 ResidualAdd = tuple[fx.Node, fx.Node, fx.Node]

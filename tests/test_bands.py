@@ -56,7 +56,14 @@ def test_a_mask_of_other_numbers_is_no_band():
 
 @pytest.mark.parametrize(
     ("transform", "block"),
-    [(Window(4, 0), 3), (Window(5, 2), 4), (Window(3, 1), 64), (Linear(4, steps=0), 3), (Linear(2, steps=0), 4), (Linear(5, steps=0), 64)],
+    [
+        (Window(4, 0), 3),
+        (Window(5, 2), 4),
+        (Window(3, 1), 64),
+        (Linear(4, steps=0), 3),
+        (Linear(2, steps=0), 4),
+        (Linear(5, steps=0), 64),
+    ],
 )
 def test_blocks_are_the_whole_attention(transform, block, tmp_path, monkeypatch):
     """Lengths below, at and above window and block, three rows padded on the left; the parity of the backend has none of these."""

@@ -17,26 +17,23 @@ Refuses: attention that is no single operator, reads another stream or later pos
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lwcompile.attention import HYBRID, Attention, attentions_at, beside_weights, slots
+from lwcompile.attention import HYBRID, Attention, attentions_at, beside_weights
 from lwcompile.attention_cost import AttentionCost, say
 from lwcompile.context import Context
 from lwcompile.contract import StoredTensor, TransformPass
 from lwcompile.errors import BadPlan, Refused
-from lwcompile.executor import Executor
 from lwcompile.graph import ModelGraph
 from lwcompile.linear_attention import GATE, Maps, attend
 from lwcompile.masks import Formula, padding_of
+from lwcompile.passes.transform._transfer import Sample, fit, samples, scale_of
 from lwcompile.site import Site, SiteKind
 
 NAMES = ("map_query", "map_key", "gate")
-Sample = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
-"""query, key, value, open, and what softmax attention makes of them: one sequence each."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,8 @@ class Linear(TransformPass):
             raise Refused(f"it holds {1 + len(others)} attentions, and this replaces one", site=site.id)
         if a.kind != "self" or a.mask is None or not a.mask.causal:
             what = "reads another stream" if a.kind != "self" else "reads later positions" if a.mask else "follows no known rule"
-            raise Refused(f"its attention {what}; only causal attention has a state to carry", site=site.id)
+            beside = " (linear_relu reads both ways)" if a.kind == "self" and a.mask else ""
+            raise Refused(f"its attention {what}; only causal attention has a state to carry{beside}", site=site.id)
         if a.mask.window is not None or a.features:
             raise Refused("its attention is narrowed or linear already", site=site.id)
         return a
@@ -81,7 +79,7 @@ class Linear(TransformPass):
         open_ = padding_of(Formula(graph, a.node), a.mask.padding) if a.mask.padding is not None else None
         with graph.graph.inserting_before(a.node):
             stored = [graph.get_attr(f"{site.id}.linear.{name}", maps[name]) for name in NAMES]
-            args = (a.query, a.key, a.value, open_, None, *stored, self.window, _scale(a))
+            args = (a.query, a.key, a.value, open_, None, *stored, self.window, scale_of(a))
             call = graph.graph.call_function(HYBRID, args)
         call.meta.update(path=a.node.meta.get("path", ""), val=a.node.meta["val"])
         a.node.replace_all_uses_with(call)
@@ -106,58 +104,21 @@ class Linear(TransformPass):
         maps = Maps(eye.expand(a.heads, -1, -1).clone(), eye.expand(a.kv_heads, -1, -1).clone(), gate)
         if not self.steps:
             return dict(zip(NAMES, maps))
-        samples = self._samples(graph, site, a, ctx)
-        order = torch.Generator().manual_seed(ctx.seed)
-        for parameter in maps:
-            parameter.requires_grad_()
-        optimizer = torch.optim.AdamW(maps, lr=self.learning_rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps, self.learning_rate / 100)
-        queue: list[int] = []
-        with torch.enable_grad():
-            for _ in range(self.steps):
-                queue = queue or torch.randperm(len(samples), generator=order).tolist()
-                error, size = self._error(samples[queue.pop()], maps, a)
-                optimizer.zero_grad()
-                (error / size).backward()
-                optimizer.step()
-                schedule.step()
-        with torch.no_grad():
-            errors, sizes = zip(*(self._error(sample, maps, a) for sample in samples))
-            relative = (torch.stack(errors).sum() / torch.stack(sizes).sum()).sqrt()
-        return {**{name: p.detach().cpu() for name, p in zip(NAMES, maps)}, "error": relative.cpu()}
+        given = self._samples(graph, site, a, ctx)
+        scale = scale_of(a)
 
-    def _error(self, sample: Sample, maps: Maps, a: Attention) -> tuple[Tensor, Tensor]:
-        """Summed squares of the error and of the softmax's output, over what is no padding."""
-        query, key, value, open_, wanted = sample
-        found = attend(query, key, value, open_, None, maps, self.window, _scale(a))
-        rows = open_[:, None, :, None] if open_ is not None else torch.ones_like(wanted[..., :1])
-        return ((found - wanted) * rows).square().sum(), (wanted * rows).square().sum().clamp(min=1e-30)
+        def attended(sample: Sample) -> Tensor:
+            return attend(*sample[:4], None, maps, self.window, scale)
 
-    @torch.no_grad()
+        error = fit(maps, attended, given, self.steps, self.learning_rate, ctx.seed)
+        return {**{name: p.detach().cpu() for name, p in zip(NAMES, maps)}, "error": error.cpu()}
+
     def _samples(self, graph: ModelGraph, site: Site, a: Attention, ctx: Context) -> list[Sample]:
-        """What the layer is fed in the dense program, sequence by sequence, with more positions than the window."""
-        program: Any = ctx.program if ctx.program is not None else graph
-        executor, padding = Executor(program, ctx.device), a.mask.padding if a.mask is not None else None
-        prefix = "" if a.node.name in executor.index else f"{site.entry}/"
-        keys = [prefix + node.name for node in (a.query, a.key, a.value, a.node)]
-        found: list[Sample] = []
-        for batch in ctx.batches(program, tokens=self.tokens):
-            seen: dict[str, Tensor] = {}
-            taps = {key: partial(seen.setdefault, key) for key in keys}
-            executor.advance(executor.start(batch), 0, executor.position(keys[-1]) + 1, taps)
-            query, key, value, wanted = (seen[key] for key in keys)
-            open_ = batch[padding].to(ctx.device).bool() if padding is not None else None
-            for row in (slice(i, i + 1) for i in range(len(query))):
-                if query.shape[2] > self.window:
-                    found.append((query[row], key[row], value[row], None if open_ is None else open_[row], wanted[row]))
-        executor.release()
-        if not found:
+        """Sequence by sequence, those with more positions than the window."""
+        batches = [b for b in samples(graph, site, a, ctx, self.tokens) if b.query.shape[2] > self.window]
+        rows = [(b, slice(i, i + 1)) for b in batches for i in range(len(b.query))]
+        if not rows:
             raise Refused(
                 f"no calibration sample is longer than its window of {self.window}, so nothing can be fitted", site=site.id
             )
-        return found
-
-
-def _scale(a: Attention) -> float:
-    scale = slots(a.node)["scale"]
-    return float(scale) if scale is not None else a.key_width**-0.5
+        return [Sample(*(None if tensor is None else tensor[row] for tensor in batch)) for batch, row in rows]  # type: ignore[arg-type]

@@ -6,7 +6,8 @@
 The operator stays, its mask changes. A sequence no longer than the window comes out as it did. The first `sinks` positions, behind
 left padding, are open to all: a decoder's attention sinks, or an encoder's global tokens, such as a class token, which also read
 all. In an image, distance counts along the rows of patches. Decoding keeps `size - 1 + sinks` positions a layer in a cache that
-rolls; prefill is computed as a mask over all keys, so it costs what it did.
+rolls. ONNX files compute near keys only, a block of queries at a time, unless an encoder has sinks; elsewhere a prompt is masked,
+and costs what it did.
 
 Source: windows and global tokens as in Longformer (arXiv 2004.05150), sinks as in StreamingLLM (arXiv 2309.17453); as one choice
 among others at a layer, LayerBoost (arXiv 2604.22050).
@@ -69,10 +70,10 @@ class Window(TransformPass):
         for a in attentions_at(graph, site):
             rule, call = self._rule(graph, site, a), Formula(graph, a.node)
             set_slots(a.node, attn_mask=build(call, rule, *lengths(graph, a, call)), is_causal=False)
-            if rule.causal:
-                old = AttentionCost(a.heads, a.kv_heads, a.key_width, a.value_width, a.mask.window if a.mask else None)
-                text, numbers = say(replace(old, window=self.size, sinks=self.sinks), old)
-                ctx.remark(self.name, site.id, "did", text, **numbers)
+            before = a.mask.window if a.mask else None
+            old = AttentionCost(a.heads, a.kv_heads, a.key_width, a.value_width, before, causal=rule.causal)
+            text, numbers = say(replace(old, window=self.size, sinks=self.sinks), old)
+            ctx.remark(self.name, site.id, "did", text, **numbers)
         graph.prune()
 
     def stored(self, graph: ModelGraph, site: Site) -> list[StoredTensor]:

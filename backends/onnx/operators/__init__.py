@@ -8,6 +8,7 @@ from lwcompile.backends.onnx.operators import (  # noqa: F401
     linear,
     linear_attention,
     reductions,
+    relu_attention,
     rotary,
     shapes,
     sizes,
