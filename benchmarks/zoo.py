@@ -1,17 +1,21 @@
 """The zoo: many architectures, random and small, through everything from capture to an ONNX file that computes the same.
 
     python -m benchmarks.zoo --write docs/zoo.md        all of them, a process each
+    python -m benchmarks.zoo --rows zoo-rows ...        resumed: a member that has a row in this folder is not run again
     python -m benchmarks.zoo Llama T5                   some of them
 
 Each is captured and compared with the module at other sizes and with left padding; its structure is found; all its linears are
 quantized (round-to-nearest, 4 and 8 bits in turn) and one attention and one mlp dropped; a decoder gets its decode graph; the
-result is written as ONNX and run against the graph. An architecture is right, or refused with a reason; it never crashes.
+result is written as ONNX and run against the graph. Then every transform that is installed is asked at every site, and those that
+apply are put into plans and files of their own (`zoo_transforms`). An architecture is right, or refused with a reason; it never
+crashes, and neither does a transform at it.
 Exit code 1 if a required one is not right, or fewer than 26 are.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import multiprocessing
 import os
@@ -22,7 +26,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +34,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.zoo_models import MEMBERS, Member
+from benchmarks.zoo_transforms import Outcome, outcomes
+from benchmarks.zoo_transforms import table as transforms_table
 from lwcompile.apply import apply_plan
 from lwcompile.context import Context
 from lwcompile.decode import derive_decode
@@ -47,6 +53,9 @@ CAPTURE_TOLERANCE, PARITY_TOLERANCE = 1e-5, 1e-4
 ENOUGH = 26
 SECONDS = 300
 """A member that takes longer is stopped and counted as a crash."""
+
+EVERY = """Sites that take a transform when it is asked, of the sites of its kinds. Each that is not refused stands in a plan with others,
+which the verifier passed and whose ONNX file computes what its graph does; the parity is of the worst of these files."""
 
 DROP = Spec("drop")
 BITS = (Spec.parse("quantize{bits=4,group_size=16,solver=rtn}"), Spec.parse("quantize{bits=8,group_size=32,solver=rtn}"))
@@ -68,6 +77,7 @@ class Row:
     traced: float = float("nan")
     decode: str = ""
     parity: float = float("nan")
+    transforms: tuple[Outcome, ...] = ()
     reason: str = ""
     crashed: bool = False
 
@@ -79,11 +89,11 @@ class Row:
 # --- one member
 
 
-def examine(member: Member) -> Row:
-    """Everything this file promises, for one member. Failures of any kind end in the row."""
+def examine(member: Member, transforms: bool = True) -> Row:
+    """Everything this file promises, for one member; `transforms`: every transform too. Failures of any kind end in the row."""
     row = Row(member.name)
     try:
-        for reached in _steps(member):
+        for reached in _steps(member, transforms):
             row = reached
     except LwError as error:
         return replace(row, reason=str(error))
@@ -93,7 +103,7 @@ def examine(member: Member) -> Row:
     return row
 
 
-def _steps(member: Member) -> Iterator[Row]:
+def _steps(member: Member, transforms: bool) -> Iterator[Row]:
     """The row after each step."""
     started = time.perf_counter()
     source = open_source(member.build())
@@ -117,7 +127,9 @@ def _steps(member: Member) -> Iterator[Row]:
         except Refused as refusal:
             row = replace(row, decode=refusal.reason)
         yield row
-    yield replace(row, parity=_lower(smaller))
+    yield (row := replace(row, parity=_lower(smaller)))
+    if transforms:
+        yield replace(row, transforms=tuple(outcomes(program, structure, _lower, source.task == "causal-lm")))
 
 
 def check_capture(source: Source, program: Program) -> float:
@@ -230,6 +242,19 @@ def _send(sender: object, member: Member) -> None:
     sender.send(examine(member))  # type: ignore[attr-defined]
 
 
+def _kept(member: Member, folder: Path) -> Row:
+    """The row that lies in the folder, or is put there."""
+    path = folder / f"{member.name}.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        lists = {key: tuple(found[key]) for key in ("dropped", "remarks")}
+        return Row(**{**found, **lists, "transforms": tuple(Outcome(**o) for o in found["transforms"])})
+    row = examine_apart(member)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(row), indent=1), encoding="utf-8")
+    return row
+
+
 def passed(rows: list[Row]) -> bool:
     """Whether all required members of `rows` are right; and enough of them, where all members are there."""
     by_name = {row.name: row for row in rows}
@@ -249,6 +274,14 @@ def table(rows: list[Row]) -> str:
         cells = [row.name, row.blocks, row.sublayers, row.sites, row.quantized, ", ".join(row.dropped), row.nodes,
                  f"{row.seconds:.1f}", _number(row.traced), decode, _number(row.parity), verdict]  # fmt: skip
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    lines += [
+        "",
+        "## Every transform",
+        "",
+        EVERY,
+        "",
+        *transforms_table({r.name: list(r.transforms) for r in rows if r.transforms}),
+    ]
     lines += ["", *_reasons("Refused", {r.name: r.reason for r in rows if r.reason})]
     lines += _reasons("Without a decode graph", {r.name: r.decode for r in rows if r.decode not in ("", "yes")})
     lines += _reasons("Remarks of the trace", {r.name: "; ".join(r.remarks) for r in rows if r.remarks})
@@ -276,7 +309,7 @@ Small random models of {len(rows)} architectures, {right} of them right: capture
 with left padding (relative error at most {CAPTURE_TOLERANCE:.0e}), structure found, all linears quantized to 4 and 8 bits in
 turn by round-to-nearest, one attention and one mlp dropped, a decode graph derived for language models, and written as an ONNX
 file whose outputs are the graph's in onnxruntime (relative to the largest, within {PARITY_TOLERANCE:.0e}). The others are
-refused, with the reason below.
+refused, with the reason below. Every transform was tried at each, and applied and verified, or refused, below too.
 
 torch {torch.__version__.split("+")[0]}, transformers {transformers.__version__}, onnxruntime {onnxruntime.__version__}.
 
@@ -287,6 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The zoo: many architectures from capture to ONNX.")
     parser.add_argument("names", nargs="*", help="architectures; all of them if none is named")
     parser.add_argument("--write", type=Path, help="the Markdown file to write the table into")
+    parser.add_argument("--rows", type=Path, help="a folder for the members' rows; those that lie there are not run again")
     options = parser.parse_args(arguments)
     unknown = set(options.names) - {m.name for m in MEMBERS}
     if unknown:
@@ -296,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
     for member in MEMBERS:
         if options.names and member.name not in options.names:
             continue
-        rows.append(row := examine_apart(member))
+        rows.append(row := _kept(member, options.rows) if options.rows else examine_apart(member))
         print(
             f"{row.name:12} {'right' if row.right else row.reason}  [{row.decode}] {row.parity:.0e}", file=sys.stderr, flush=True
         )

@@ -28,7 +28,7 @@ class Member:
     required: bool = False
 
     def build(self) -> nn.Module:
-        """The model with seeded weights, larger than the library's own so that attention is not uniform."""
+        """The model with seeded weights, larger than the library's own so that attention is not uniform, and no two biases alike."""
         import transformers
 
         torch.manual_seed(0)
@@ -38,6 +38,8 @@ class Member:
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(3)
+                elif parameter.is_floating_point():  # biases that are all zeros would be one stored tensor
+                    parameter.add_(0.05 * torch.randn_like(parameter))
         return model
 
 

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import zoo
 from benchmarks.zoo_models import MEMBERS, Member
+from benchmarks.zoo_transforms import transforms
 from lwcompile.errors import VerificationError
 from lwcompile.pipeline import capture
 from lwcompile.sources import open_source
@@ -23,13 +24,24 @@ SAMPLE = {"Llama": 3, "MPT": 3, "BERT": 3, "DINOv2": 3, "CLIP": 6, "T5": 4}
 """A member and its number of blocks, counted by hand: layers of all its towers."""
 
 
+TRANSFORMED = {
+    "Llama": {"linear_relu": "its attention is causal, and a sum over all positions reads later ones; use linear"},
+    "DINOv2": {"linear": "only causal attention has a state to carry"},
+}
+"""Members that every transform is tried at, and the reasons that are known of those that are refused."""
+
+
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_member_goes_all_the_way(name: str):
-    row = zoo.examine(BY_NAME[name])
+    row = zoo.examine(BY_NAME[name], transforms=name in TRANSFORMED)
     assert row.right, row.reason
     assert row.blocks == SAMPLE[name] and len(row.dropped) == 2 and row.quantized > 0
     assert row.traced <= zoo.CAPTURE_TOLERANCE and row.parity <= zoo.PARITY_TOLERANCE
     assert row.decode == ("yes" if BY_NAME[name].auto == "ForCausalLM" else "")
+    assert {o.name for o in row.transforms} == ({t.name for t in transforms()} if name in TRANSFORMED else set())
+    for outcome in row.transforms:
+        known = TRANSFORMED[name].get(outcome.name)
+        assert (known in outcome.reason) if known else (outcome.at and outcome.parity <= zoo.PARITY_TOLERANCE), outcome
 
 
 def test_members_are_many_and_the_required_ones_are_among_them():
