@@ -46,7 +46,7 @@ def read_band(mask: fx.Node) -> Band | None:
         return None
     sinks, first = 0, None
     if sunk:
-        end = (_args(sunk[-1], aten.lt.Scalar) or _args(sunk[-1], aten.lt.Tensor))[1]
+        end = (_args(sunk[-1], aten.lt.Scalar) or _args(sunk[-1], aten.lt.Tensor) or (None, None))[1]
         first, sinks = (None, end) if isinstance(end, int) else _args(_twice_unsqueezed(end), aten.add.Scalar) or (None, 0)
         if not sinks:
             return None

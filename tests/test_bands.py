@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import language_models as zoo
 import pytest
 import torch
@@ -19,7 +21,7 @@ from lwcompile.tracing import capture_module
 pytest.importorskip("transformers", reason="the models are transformers': install lwcompile[hf]")
 
 
-def bands(graph: ModelGraph) -> list[object]:
+def bands(graph: ModelGraph) -> list[Any]:
     graph.propagate()
     masks = (slots(a.node)["attn_mask"] for a in find_attentions(graph))
     return [m if m is None else read_band(m) for m in masks]

@@ -151,7 +151,7 @@ def test_a_file_computes_it(masked, tmp_path):
     from lwcompile.tiny import programs
 
     program = programs()["encoder"] if masked else vision()
-    samples = CalibrationSet({i.name: program.main.example(i.name) for i in program.main.inputs}, "other", "example")
+    samples = CalibrationSet({i.name: program.main.example(i.name) for i in program.main.inputs}, "tensors", "example")
     edited, _ = fitted(program, samples, steps=2)
     backend, path = Onnx(), tmp_path / "model.onnx"
     assert backend.lower(edited, path, None).worst < 1e-5

@@ -107,7 +107,8 @@ class LinearRelu(TransformPass):
     def _fit(self, graph: ModelGraph, site: Site, a: Attention, ctx: Context, first: int, rows: int) -> dict[str, Tensor]:
         eye = torch.eye(a.key_width + 1, a.key_width, device=ctx.device)
         *_, kernel = self._shapes(a, rows)
-        maps = Maps(*(eye.expand(n, -1, -1).clone() for n in (a.heads, a.kv_heads)), torch.zeros(kernel, device=ctx.device))
+        query, key = (eye.expand(n, -1, -1).clone() for n in (a.heads, a.kv_heads))
+        maps = Maps(query, key, torch.zeros(kernel, device=ctx.device))
         if not self.steps:
             return dict(zip(NAMES, maps))
 

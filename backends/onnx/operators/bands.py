@@ -10,6 +10,7 @@ graph serves prompts and steps of one token, whose block is one query long.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import onnx_ir as ir
 from torch import fx
@@ -77,12 +78,12 @@ class Blocks:
         return found if self.causal else self.b.op("And", found, self.b.op("Less", places, self.keys, dtype=BOOL))
 
 
-def near_attention(
-    g: Lowering, band: Band, parts: tuple[fx.Node, fx.Node, fx.Node], settings: dict[str, object]
-) -> ir.Value | None:
+def near_attention(g: Lowering, band: Band, parts: tuple[fx.Node, fx.Node, fx.Node], settings: dict[str, Any]) -> ir.Value | None:
     """Attention under a band, as [B, S, H v]; None where it would not pay or has global tokens, which read all keys."""
     b, (query, key, value) = g.b, parts
     (_, heads, count, _), (_, kv_heads, keys, _) = g.dims(query), g.dims(key)
+    wide = g.dims(value)[3]
+    assert isinstance(heads, int) and isinstance(wide, int)
     if (band.sinks and not band.causal) or (isinstance(keys, int) and keys < 2 * band.window + BLOCK):
         return None
     q, k, v = (_flat(g, node) for node in parts)
@@ -106,8 +107,7 @@ def near_attention(
     asked = b.op("Reshape", b.op("Gather", q, blocks.query_rows(), axis=1), _blocked(g, blocks.size, query))
     k, v = (b.op("Reshape", x, _blocked(g, b.size_of(x, 2).value, node)) for x, node in zip(read, (key, value)))
     y = b.op("Attention", asked, k, v, mask, **settings, q_num_heads=heads, kv_num_heads=kv_heads)
-    out = heads * g.dims(value)[3]  # type: ignore[operator]
-    y = b.op("Reshape", y, b.op("Concat", batch, b.ints([-1, out]), axis=0))
+    y = b.op("Reshape", y, b.op("Concat", batch, b.ints([-1, heads * wide]), axis=0))
     return b.op("Slice", y, b.ints([0]), blocks.queries, b.ints([1]))
 
 

@@ -25,7 +25,9 @@ def relu_attention(
     b, (_, heads, count, _) = g.b, g.dims(query)
     _, groups, _, wide = g.dims(value)
     assert isinstance(heads, int) and isinstance(groups, int) and isinstance(wide, int)
-    features = 2 * g.dims(map_query)[-1]  # type: ignore[operator]
+    width = g.dims(map_query)[-1]
+    assert isinstance(width, int)
+    features = 2 * width
     v, mapped_k = g.value(value), _features(g, key, map_key)
     if open_ is not None:
         open_rows = b.cast(b.op("Unsqueeze", g.value(open_), b.ints([1, 3])), v.dtype or FLOAT)
