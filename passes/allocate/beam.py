@@ -54,6 +54,14 @@ class Beam(Allocator):
         if self.width < 1 or (self.candidates is not None and self.candidates < 1):
             raise ValueError("width and candidates are at least 1")
 
+    def measurements(self, table: OptionTable, budget: Budget) -> int:
+        lists, steps, count = (
+            1 + self.width * max((budget.drop_sublayers or 0) - 1, 0),
+            len(removals(table)),
+            budget.drop_sublayers,
+        )
+        return lists * min(steps, self.candidates or steps) + (2 * count if self.reuse and count else 0) if count else 0
+
     def allocate(self, table: OptionTable, budget: Budget, oracle: Callable[[Plan], float] | None = None) -> Plan:
         if budget.drop_sublayers is None:
             raise BadPlan("beam removes an exact number of sublayers: give the budget drop_sublayers")
