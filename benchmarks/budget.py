@@ -127,7 +127,7 @@ def main() -> None:
             if options.heal and (better := healed(run, made, options.texts, options.heal)) is not None:
                 after = run.measure(better)["damage"]
             cells = [size, case, spent(plan), f"{plan.predicted:.3f}"]
-            cells += ["{measured_start:.3f} to {measured_end:.3f}".format(**plan.origin)]
+            cells += [f"{plan.origin['conditional_at_start']:.3f} to {plan.conditional:.3f}"]
             cells += ["" if e is None else f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})" for e in (found, after)]
             print(
                 "| " + " | ".join(map(str, cells)) + f" | <!-- {time.process_time() - started:.0f} s of processor time -->",

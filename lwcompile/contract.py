@@ -257,8 +257,8 @@ class Allocator(Pass):
         """
         raise NotImplementedError
 
-    def measurements(self, table: OptionTable, budget: Budget) -> int:
-        """How many plans it asks the oracle for at most: for progress and `--dry-run`; 0 for those that ask for none."""
+    def measurements(self, budget: Budget, sublayers: int) -> int:
+        """How many plans it asks the oracle for at most, of a model with so many sublayers: for progress and `--dry-run`."""
         return 0
 
 

@@ -76,10 +76,12 @@ def estimate(program: Program, *, folder: str | Path = ".", command: Command = "
     """What a command on `program`, into `folder` with these settings (see `pipeline.Settings`), would take."""
     import psutil
 
+    from lwcompile.oracle import TOKENS as ORACLE_TOKENS
     from lwcompile.pipeline import Settings
     from lwcompile.registry import make
     from lwcompile.rundir import RunDir
     from lwcompile.session import LIMIT_ROUNDS
+    from lwcompile.site import SUBLAYER_KINDS
     from lwcompile.structure import find_structure
 
     wished = Settings(**settings)
@@ -105,6 +107,9 @@ def estimate(program: Program, *, folder: str | Path = ".", command: Command = "
         forwards = FORWARDS if asked is None else asked(len(offered), sum(offered.values()))
         tries = sum(offered[site.id] * site.shape[0] * site.shape[1] for site in linears)
         seconds[spec.name] = forwards * flops * calibration / speed + 100.0 * tries / speed + fitting
+    sublayers = sum(site.kind in SUBLAYER_KINDS for site in sites)
+    if plans := make("allocators", recipe.allocator).measurements(recipe.budget, sublayers) if command != "analyze" else 0:
+        seconds["whole plans"] = plans * (2.0 * flops * ORACLE_TOKENS / speed) + fitting
     passes = 2.0 if any(solver.wanted.drift for solver in solvers) else 1.0
     writes = command in ("compress", "export")
     if writes or (command == "plan" and wished.max_kl is not None):

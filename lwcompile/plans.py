@@ -63,7 +63,7 @@ class Plan:
         budget: what was asked for.
         unit: of every damage here.
         predicted: the sum of the sites' damages.
-        conditional: damage predicted with each site scored on the model already compressed.
+        conditional: damage of the whole plan on calibration samples, as the allocator that searched for it measured it.
         measured: damage of the whole plan on held-out data, with its 95 % `interval`.
         bytes, avg_bits: everything stored, as predicted.
         origin: how it came about: model digest, recipe, allocator, versions, seed, notes.

@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -228,7 +228,8 @@ class Session:
         budget = self.recipe.budget if budget is None else budget
         allocator: Allocator = make("allocators", self.recipe.allocator)
         table = self.table
-        with self._timed("allocating"), self.progress.task("whole plans", allocator.measurements(table, budget)) as task:
+        plans = allocator.measurements(budget, len(table.sublayers))
+        with self._timed("allocating"), self.progress.task("whole plans", plans) if plans else nullcontext() as task:
             try:
                 plan = allocator.allocate(table, budget, Oracle(self.dense, self.structure, self._ready(), task=task))
             except InfeasibleBudget as error:

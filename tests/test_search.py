@@ -77,7 +77,7 @@ def test_it_finds_what_trying_everything_finds(size: int) -> None:
     assert least < 0.9 * start  # the start is no answer already
     assert oracle(plan) <= 1.02 * least
     assert plan.bytes is not None and plan.bytes <= size
-    assert plan.origin["measured_end"] == oracle(plan) and plan.origin["measured_start"] == start
+    assert plan.conditional == oracle(plan) and plan.origin["conditional_at_start"] == start
 
 
 def test_it_is_never_worse_than_its_start_and_keeps_to_its_evaluations() -> None:
@@ -89,8 +89,8 @@ def test_it_is_never_worse_than_its_start_and_keeps_to_its_evaluations() -> None
 
     search = Search(evaluations=17, step=3)
     plan = search.allocate(given, budget, oracle)
-    assert len(asked) == len(set(asked)) == 17 == search.measurements(given, budget)
-    assert plan.origin["measured_end"] <= plan.origin["measured_start"]
+    assert len(asked) == len(set(asked)) == 17 == search.measurements(budget, 3)
+    assert plan.conditional is not None and plan.conditional <= plan.origin["conditional_at_start"]
     again = search.allocate(given, budget, lambda p: float(int(p.digest()[:6], 16)) / 2**24)
     assert again.choices == plan.choices
 
@@ -110,7 +110,7 @@ def test_without_an_oracle_it_is_its_start() -> None:
         start = IntegerProgram().allocate(given, budget)
         assert Search().allocate(given, budget).choices == start.choices
     assert Search().allocate(given, Budget(max_damage=0.3), world(given)).choices == start.choices
-    assert Search().measurements(given, Budget(max_damage=0.3)) == 0
+    assert Search().measurements(Budget(max_damage=0.3), 3) == 0
     with pytest.raises(InfeasibleBudget, match="smallest plan"):
         Search(start=Spec("greedy")).allocate(table(drop=math.nan), Budget(bytes=10), world(given))
     with pytest.raises(BadPlan, match="evaluation"):
@@ -149,7 +149,7 @@ def test_the_oracle_measures_what_compressing_makes(tmp_path) -> None:
     again = Oracle(run.dense, run.structure, run._ready())
     assert again(plan) == found and again._cache is None  # from the run directory
     made = run.plan()
-    assert made.origin["measured_end"] <= made.origin["measured_start"]
+    assert made.conditional is not None and made.conditional <= made.origin["conditional_at_start"]
 
 
 def test_a_joint_option_does_what_its_parts_do_together(tmp_path) -> None:
@@ -186,3 +186,12 @@ def test_the_report_says_what_the_same_size_costs_in_numeric_formats_alone(tmp_p
     only = Recipe.named("fast").with_(options={"linear": numeric}, calibration=data, evaluation=data)
     other = session(tiny.llama_program(), Settings(recipe=only, backend="program", run_dir=tmp_path / "other"))
     assert formats_alone(other, other.plan(Budget(avg_bits=20))) is None
+
+
+def test_a_dry_run_counts_the_whole_plans() -> None:
+    from lwcompile.estimate import estimate
+
+    one = estimate(tiny.llama_program(), command="plan", recipe=Recipe.named("fast"), dataset="random")
+    recipe = Recipe.named("fast").with_(allocator=Spec.parse("search{evaluations=9}"))
+    searched = estimate(tiny.llama_program(), command="plan", recipe=recipe, dataset="random")
+    assert "whole plans" in searched.seconds and "whole plans" not in one.seconds

@@ -54,13 +54,10 @@ class Beam(Allocator):
         if self.width < 1 or (self.candidates is not None and self.candidates < 1):
             raise ValueError("width and candidates are at least 1")
 
-    def measurements(self, table: OptionTable, budget: Budget) -> int:
-        lists, steps, count = (
-            1 + self.width * max((budget.drop_sublayers or 0) - 1, 0),
-            len(removals(table)),
-            budget.drop_sublayers,
-        )
-        return lists * min(steps, self.candidates or steps) + (2 * count if self.reuse and count else 0) if count else 0
+    def measurements(self, budget: Budget, sublayers: int) -> int:
+        count = budget.drop_sublayers or 0
+        lists = 1 + self.width * (count - 1) if count else 0
+        return lists * min(self.candidates or sublayers, sublayers) + (2 * count if self.reuse else 0)
 
     def allocate(self, table: OptionTable, budget: Budget, oracle: Callable[[Plan], float] | None = None) -> Plan:
         if budget.drop_sublayers is None:

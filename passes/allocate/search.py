@@ -54,7 +54,7 @@ class Search(Allocator):
         if self.evaluations < 1 or self.step < 1:
             raise BadPlan(f"search needs at least one evaluation and one change a step, not {self.evaluations} and {self.step}")
 
-    def measurements(self, table: OptionTable, budget: Budget) -> int:
+    def measurements(self, budget: Budget, sublayers: int) -> int:
         return self.evaluations if _searchable(budget) else 0
 
     def allocate(self, table: OptionTable, budget: Budget, oracle: Callable[[Plan], float] | None = None) -> Plan:
@@ -63,8 +63,9 @@ class Search(Allocator):
             return first
         hunt = _Hunt(self, table, budget, oracle, first)
         hunt.run()
-        facts = {"measured_start": hunt.start, "measured_end": hunt.best.damage, "whole_plans": len(hunt.seen)}
-        return Plan.of(table, hunt.best.choices, budget, allocator=str(self.spec()), **facts)
+        facts = {"conditional_at_start": hunt.start, "whole_plans": len(hunt.seen)}
+        made = Plan.of(table, hunt.best.choices, budget, allocator=str(self.spec()), **facts)
+        return made.replace(conditional=hunt.best.damage)
 
     def _solve(self, table: OptionTable, budget: Budget) -> Plan:
         return make("allocators", self.start).allocate(table, budget)
