@@ -89,11 +89,11 @@ def test_a_beam_of_one_goes_for_the_least_at_every_step_and_a_wider_one_asks_mor
     for _ in range(3):
         gone.append(min((id for id in made.sublayers if id not in gone), key=lambda id: oracle.damage([*gone, id])))
     assert set(dropped(made, plan)) == set(gone)
-    assert oracle.calls == 8 + 7 + 6 <= Beam(width=1).measurements(made, Budget(drop_sublayers=3))
+    assert oracle.calls == 8 + 7 + 6 <= Beam(width=1).measurements(Budget(drop_sublayers=3), len(made.sublayers))
     narrow, wide = Oracle(made, 7), Oracle(made, 7)
     cheap = table(alone=lambda id: float(id[1]))  # only those of the first two blocks may grow a list
     few = Beam(width=1, candidates=4).allocate(cheap, Budget(drop_sublayers=2), narrow)
-    assert narrow.calls == 4 + 4 == Beam(width=1, candidates=4).measurements(made, Budget(drop_sublayers=2)) and all(
+    assert narrow.calls == 4 + 4 == Beam(width=1, candidates=4).measurements(Budget(drop_sublayers=2), 8) and all(
         id[1] in "012" for id in dropped(cheap, few)
     )
     wider = Beam(width=2).allocate(made, Budget(drop_sublayers=3), wide)
