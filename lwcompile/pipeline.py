@@ -28,7 +28,7 @@ from lwcompile.plans import Plan
 from lwcompile.program import Program
 from lwcompile.recipe import DEFAULT, Recipe
 from lwcompile.registry import load as load_plugin
-from lwcompile.registry import plugins
+from lwcompile.registry import make, plugins
 from lwcompile.report import Report
 from lwcompile.rundir import RunDir, content_key, versions
 from lwcompile.session import Session
@@ -160,7 +160,9 @@ def _trace(source: Source, keep: Path | None) -> Program:
 
 def session(program: Program, settings: Settings, progress: Progress | None = None) -> Session:
     """The run that a program and settings describe; its steps are computed when they are asked for."""
-    return Session(program, settings.resolved(), settings.run_dir, settings.device, progress or SilentProgress())
+    made = Session(program, settings.resolved(), settings.run_dir, settings.device, progress or SilentProgress())
+    made.recipe.check_specs(make)
+    return made
 
 
 def plan(program: Program, *, progress: Progress | None = None, **settings: Any) -> Plan:
@@ -375,8 +377,6 @@ def formats_alone(run: Session, chosen: Plan) -> dict[str, Any] | None:
 
 
 def _report(run: Session, chosen: Plan, found: Mapping[str, Any], healing: Mapping[str, Any] | None = None) -> Report:
-    from lwcompile.registry import make
-
     damage = found["damage"]
     rows = {name: e.to_json() for name, e in found.items()}
     return Report.build(

@@ -16,7 +16,7 @@ Errors name the file, the line and the key. Flags of the command line come over 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
@@ -211,6 +211,18 @@ class Recipe(BaseModel):
             if spec.name not in names:
                 what = {"passes": "pass"}.get(group, group.removesuffix("s"))
                 raise BadPlan(f"{where}: unknown {what} {spec.name!r}{suggest(spec.name, names)}; there are {', '.join(names)}")
+
+    def check_specs(self, make: Callable[[Any, Spec], Any]) -> None:
+        """Raise `BadPlan`, with file and line, where a plugin does not take its arguments; `make(group, spec)` configures one."""
+        for group, spec, where in self.references():
+            try:
+                for one in spec.expand():
+                    solver = getattr(make(group, one), "solver", None)
+                    if isinstance(solver, Spec):
+                        make("solvers", solver)
+            except BadPlan as error:
+                said = str(error)
+                raise BadPlan(f"{where}: {said if spec.name in said else f'{spec}: {said}'}") from None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.canonical() == other.canonical()

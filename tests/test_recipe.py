@@ -113,6 +113,23 @@ def test_unknown_plugins_are_named_with_their_line() -> None:
         recipe.check_names(known | {"allocators": set()})
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("linear: quantize{bits=[4,9]}", "r.yaml:2: quantize{bits=[4,9]}: a numeric format has 2 to 8 bits, not 9"),
+        ("linear: quantize{bit=4}", "r.yaml:2: quantize has no option 'bit'"),
+        ("linear: quantize{solver=gptk}", "no solver is named 'gptk'"),
+        ("attention: window{size=4,sinks=4}", "r.yaml:2: window"),
+    ],
+)
+def test_arguments_are_checked_with_their_line(line, said):
+    from lwcompile.registry import make
+
+    with pytest.raises(BadPlan) as error:
+        Recipe.parse(f"options:\n  {line}\n", "r.yaml").check_specs(make)
+    assert said in str(error.value)
+
+
 def test_shipped_recipes(tmp_path: Path) -> None:
     assert shipped() == ["balanced", "best", "compact", "fast", "quality", "transformers"]
     for name in shipped():

@@ -112,12 +112,14 @@ def require_words(words: dict[str, Any]) -> None:
     """A recipe, a plan's file or a plugin's name that cannot be meant is said before a model is downloaded and traced."""
     from lwcompile.pipeline import Settings
     from lwcompile.plans import Plan
-    from lwcompile.registry import plugins
+    from lwcompile.registry import make, plugins
 
     known: dict[str, list[str]] = {}
     for plugin in plugins():
         known.setdefault(plugin.group, []).append(plugin.name)
-    Settings(**words).resolved().check_names(known)
+    recipe = Settings(**words).resolved()
+    recipe.check_names(known)
+    recipe.check_specs(make)
     if words["plan"] is not None:
         Plan.load(words["plan"])
 
