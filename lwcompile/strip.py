@@ -1,7 +1,8 @@
 """The end of a run in the terminal: one strip with a cell per block, and a small table of what it cost and what it saved.
 
 A cell's colour is the bits per weight over the block. Half a cell is missing where a sublayer was dropped, all of it where the
-block was. Without colour (a pipe, `NO_COLOR`) each half cell is a digit: its bits, `f` for floating point, `-` for dropped.
+block was, and it is pale where another one's weights are read. Without colour (a pipe, `NO_COLOR`) each half cell is a digit:
+its bits, `f` for floating point, `=` for another's weights, `-` for dropped.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _mix(a: str, b: str, t: float) -> str:
 
 
 def _digit(bits: float) -> str:
-    return "f" if bits >= 12 else str(min(9, round(bits)))
+    return "f" if bits >= 12 else "=" if bits == 0 else str(min(9, round(bits)))
 
 
 class Strip:
@@ -92,7 +93,8 @@ class Strip:
             return [Segment(_digit(mean_bits(half)) if half else "-") for half in alive]
         everything = [s for s in sublayers if not s["dropped"]]
         style = Style(color=bits_colour(mean_bits(everything))) if everything else None
-        return [Segment("█", style) if half else Segment("·", Style(dim=True)) for half in alive]
+        pale = Segment("▒", Style(color=FLOAT))
+        return [(Segment("█", style) if mean_bits(h) else pale) if h else Segment("·", Style(dim=True)) for h in alive]
 
     def _part(self, parts: Sequence[Mapping[str, Any]], colour: bool) -> list[Segment]:
         bits = mean_bits(parts)
@@ -107,15 +109,21 @@ class Strip:
                 line[2 * i : 2 * i + len(text)] = text
         return "".join(line).rstrip()
 
+    def _alive(self) -> list[Mapping[str, Any]]:
+        return [s for block in self.blocks for s in block["sublayers"] if not s["dropped"]]
+
     def _legend(self, colour: bool) -> Iterator[Segment]:
         if not colour:
-            yield Segment("each block: attention, MLP; digit = bits per weight, f = floating point, - = dropped")
+            shared = "= = another's weights, " if any(s["bits"] == 0 for s in self._alive()) else ""
+            yield Segment(f"each block: attention, MLP; digit = bits per weight, f = floating point, {shared}- = dropped")
             yield Segment.line()
             return
-        shown = sorted({round(mean_bits([s])) for b in self.blocks for s in b["sublayers"] if not s["dropped"]})
-        for bits in shown:
+        for bits in sorted({round(s["bits"]) for s in self._alive() if s["bits"]}):
             yield Segment("█ ", Style(color=bits_colour(bits)))
             yield Segment(f"{bits} bits  ", Style(dim=True))
+        if any(s["bits"] == 0 for s in self._alive()):
+            yield Segment("▒ ", Style(color=FLOAT))
+            yield Segment("another's weights  ", Style(dim=True))
         if any(s["dropped"] for b in self.blocks for s in b["sublayers"]):
             yield Segment("· dropped", Style(dim=True))
         yield Segment.line()

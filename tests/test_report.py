@@ -231,6 +231,8 @@ def test_short_labels_tell_options_apart():
         "lowrank 8 + 4 bit",
         "lowrank 16 + 4 bit",
     ]
+    assert label("share{source=-1}", "share{source=-1,rank=2}") == ["share", "share rank 2"]
+    assert label("share{source=-1}", "share{source=-2}") == ["share -1", "share -2"]
     assert label("a{bits=4}", "b{bits=4}") == ["a{bits=4}", "b{bits=4}"]  # what would be one label stays whole
 
 
@@ -328,6 +330,27 @@ def test_the_page_of_a_model_without_blocks_runs_too(tmp_path):
     )
     dom = _browse(Report.build(name="plain", table=table, plan=Plan({})).html(), tmp_path)
     assert 'data-ready="true"' in dom and "data-error" not in dom and "no residual stream" in dom
+
+
+def shared_report() -> Report:
+    """Block 1's attention reads the weights of block 0's, and block 2's has a window."""
+    made = fake_report(3)
+    made.data["plan"] |= {"block1.attention": ["share{source=-1}"], "block2.attention": ["window{size=64}"]}
+    for block, bits in ((1, 0.0), (2, 4.0)):
+        made.data["model"]["blocks"][block]["sublayers"][0] |= {"bits": bits, "bytes": 0, "dropped": False}
+    return made
+
+
+def test_the_strip_tells_shared_weights_from_few_bits():
+    plain = _printed(Strip(shared_report().data["model"]))
+    assert "=" in plain.splitlines()[0] and "= = another's weights" in plain
+    assert "another's" not in _printed(Strip(fake_report(3).data["model"]))
+
+
+def test_the_page_marks_what_computes_otherwise(tmp_path):
+    dom = _browse(shared_report().html(), tmp_path)
+    assert "data-error" not in dom and dom.count('class="changed"') == 2
+    assert dom.count(">=</text>") == 1 and "a pale one reads another's weights" in dom
 
 
 def test_the_page_has_something_to_look_at(tmp_path):

@@ -133,17 +133,19 @@ function strip() {
   const ends = (kind) => data.other.filter((o) => o.kind === kind);
   const svgBox = h("div", { class: "scroll" });
   const legend = h("div", { class: "legend" });
-  const put = (x, y, w, hgt, bits, what) => {
+  const put = (x, y, w, hgt, bits, what, chosen) => {
+    const change = chosen === "keep" ? "" : chosen;
     const gone = bits === null || bits === undefined;
-    const text = what + "\n" + (gone ? "dropped" : bits >= 12 ? `${number(bits)} bits (floating point)` : `${number(bits)} bits per weight`);
+    const text = what + (gone || !change ? "" : "\n" + change) + "\n" + (gone ? "dropped" : bits === 0 ? "stores no weights of its own" : bits >= 12 ? `${number(bits)} bits (floating point)` : `${number(bits)} bits per weight`);
     return [
-      s("rect", { x: x + (gone ? 0.5 : 0), y: y + (gone ? 0.5 : 0), width: w - (gone ? 1 : 0), height: hgt - (gone ? 1 : 0), rx: 3, tip: text, class: gone ? "dropped" : "cell", fill: gone ? "transparent" : bitsColour(bits),
+      s("rect", { x: x + (gone ? 0.5 : 0), y: y + (gone ? 0.5 : 0), width: w - (gone ? 1 : 0), height: hgt - (gone ? 1 : 0), rx: 3, tip: text, class: gone ? "dropped" : "cell", fill: gone ? "transparent" : bits === 0 ? "var(--line)" : bitsColour(bits),
         stroke: gone ? "var(--soft)" : "none", "stroke-dasharray": gone ? "3 2" : null }),
       !gone && w >= 22 ? s("text", { x: x + w / 2, y: y + hgt / 2 + 4, "text-anchor": "middle", "pointer-events": "none",
-        style: `fill:${bits < 5.5 ? "#10241a" : "#fff"};font-size:10.5px` }, bits >= 12 ? "f" + Math.round(bits) : bits.toFixed(1)) : null,
+        style: `fill:${bits === 0 ? "var(--ink)" : bits < 5.5 ? "#10241a" : "#fff"};font-size:10.5px` }, bits >= 12 ? "f" + Math.round(bits) : bits === 0 ? "=" : bits.toFixed(1)) : null,
+      !gone && change ? s("circle", { class: "changed", cx: x + w - 4, cy: y + 4, r: 2, fill: bits === 0 ? "var(--ink)" : "#fff", "pointer-events": "none" }) : null,
     ];
   };
-  section("plan", "The plan", "One column per block, its sublayers from top to bottom. Colour is the bits stored per weight, scales included; a dashed cell is dropped.", svgBox, legend);
+  section("plan", "The plan", "One column per block, its sublayers from top to bottom. Colour is the bits stored per weight, scales included; a dashed cell is dropped, a pale one reads another's weights, and a dot marks any other change of what is computed (hover for it).", svgBox, legend);
   onShow(() => {
     let x = 0;
     const nodes = [];
@@ -158,7 +160,7 @@ function strip() {
     data.blocks.forEach((block, i) => {
       if (before !== null && prefix(block.id) !== before) x += 18;
       const local = +block.id.match(/\d+$/)[0], each = height / block.sublayers.length;
-      block.sublayers.forEach((sub, k) => nodes.push(put(x, k * each + (k ? 1 : 0), cell - 2, each - (k ? 1 : 1), shown.strip[i][k], sub.id)));
+      block.sublayers.forEach((sub, k) => nodes.push(put(x, k * each + (k ? 1 : 0), cell - 2, each - (k ? 1 : 1), shown.strip[i][k], sub.id, shown.plan[sub.id] || shown.plan[block.id])));
       if (local % (n > 12 ? 5 : 1) === 0) nodes.push(s("text", { x: x + cell / 2 - 1, y: height + 16, "text-anchor": "middle" }, local));
       if (prefix(block.id) !== before && prefix(block.id)) nodes.push(s("text", { x, y: height + 32 }, prefix(block.id).replace(/\.$/, "")));
       before = prefix(block.id);
@@ -167,7 +169,8 @@ function strip() {
     x += 14;
     ends("head").forEach(end);
     svgBox.replaceChildren(n ? chart(x + 4, height + 38, "bits of every block", nodes) : h("p", { class: "soft" }, "This model has no residual stream, so there are no blocks to draw."));
-    const bits = [...new Set([...shown.strip.flat(), ...Object.values(shown.other)].filter((b) => b !== null && b !== undefined).map((b) => Math.round(b)))].sort((a, b) => a - b);
+    const drawn = [...ends("embedding"), ...ends("head")].map((part) => shown.other[part.id]);
+    const bits = [...new Set([...shown.strip.flat(), ...drawn].filter((b) => b).map((b) => Math.round(b)))].sort((a, b) => a - b);
     legend.replaceChildren(...bits.map((b) => h("span", {}, h("i", { style: `background:${bitsColour(b)}` }), b >= 12 ? `${b} (floating point)` : `${b} bits`)));
   });
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from lwcompile.errors import BadInput
@@ -168,15 +168,19 @@ def short_labels(options: Sequence[tuple[Spec, ...]]) -> list[str]:
     """What tells options apart, in few letters: `4 bit g64`, `drop`, `window 128`, `keep`."""
     specs = [spec for joint in options for spec in joint]
     varying: dict[str, list[str]] = {}
+    named: set[tuple[str, str]] = set()
     for name in {spec.name for spec in specs}:
         same = [dict(spec.args) for spec in specs if spec.name == name]
         keys = dict.fromkeys(key for args in same for key in args)
         varying[name] = [key for key in keys if len({args.get(key) for args in same}) > 1]
-    made = [" + ".join(_label(spec, varying[spec.name]) for spec in joint) or str(KEEP) for joint in options]
+        others = [key for key in varying[name] if key not in ("bits", "group_size")]
+        if len(others) > 1 or any(key not in args for key in others for args in same):  # a number alone would not say of what
+            named |= {(name, key) for key in others}
+    made = [" + ".join(_label(spec, varying[spec.name], named) for spec in joint) or str(KEEP) for joint in options]
     return made if len(set(made)) == len(made) else [format_options(joint) for joint in options]
 
 
-def _label(spec: Spec, varying: Iterable[str]) -> str:
+def _label(spec: Spec, varying: Iterable[str], named: Collection[tuple[str, str]]) -> str:
     args = dict(spec.args)
     bits = args.get("bits")
     words = [spec.name] if bits is None else [f"{bits} bit"]
@@ -186,8 +190,10 @@ def _label(spec: Spec, varying: Iterable[str]) -> str:
             continue
         if isinstance(value, bool):
             words.append(key if value else f"no {key}")
+        elif key == "group_size":
+            words.append(f"g{value}")
         else:
-            words.append(f"g{value}" if key == "group_size" else str(value))
+            words.append(f"{key} {value}" if (spec.name, key) in named and not isinstance(value, str) else str(value))
     return " ".join(words)
 
 
