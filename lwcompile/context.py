@@ -149,14 +149,8 @@ class Context:
         """Tensors made once under this token in this run; kept in the run directory too where `scope` names what they rest on."""
         if token in self.memo:
             return self.memo[token]
-        key = content_key(self.scope, token) if self.scope and self.rundir is not None else None
-        found = self.rundir.get_tensors(key) if key is not None and self.rundir is not None else None
-        if found is None:
-            found = make()
-            if key is not None and self.rundir is not None:
-                self.rundir.put_tensors(key, found)
-        self.memo[token] = found
-        return found
+        self.memo[token] = self.cached_tensors(content_key(self.scope, token), make) if self.scope else make()
+        return self.memo[token]
 
     # --- samples and activations
 
@@ -312,4 +306,13 @@ class Context:
             found = make()
             if self.rundir is not None:
                 self.rundir.put(key, found)
+        return found
+
+    def cached_tensors(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The same for tensors by name."""
+        found = self.rundir.get_tensors(key) if self.rundir is not None else None
+        if found is None:
+            found = make()
+            if self.rundir is not None:
+                self.rundir.put_tensors(key, found)
         return found

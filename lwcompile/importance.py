@@ -119,12 +119,8 @@ def importance_of(ctx: Context, program: Program) -> Mapping[str, Tensor]:
     if ctx.energies is None:
         code, given = code_hash(token_importance), ctx.need_calibration().content_hash
         key = content_key("importance", code, program.digest(), given, repr(ctx.metric), ctx.seed, versions())
-        stored = ctx.rundir.get_tensors(key) if ctx.rundir is not None else None
-        if stored is None:
-            stored = token_importance(program, ctx.find_structure(program).of_kind("linear"), ctx)
-            if ctx.rundir is not None:
-                ctx.rundir.put_tensors(key, stored)
-        ctx.energies = stored
+        sites = ctx.find_structure(program).of_kind("linear")
+        ctx.energies = ctx.cached_tensors(key, lambda: token_importance(program, sites, ctx))
     return ctx.energies
 
 

@@ -41,7 +41,7 @@ class Oracle:
         self.scope = content_key(
             "oracle", program.digest(), ctx.need_calibration().content_hash, repr(self.metric), ctx.seed, versions()
         )
-        self.ctx = dataclasses.replace(ctx, remarks=[], prefix=None, memo={}, kept={}, stats={}, derived={}, scope=self.scope)
+        self.ctx = dataclasses.replace(ctx, remarks=[], prefix=None, memo={}, stats={}, derived={}, scope=self.scope)
         self.asked = 0
         self._cache: PrefixCache | None = None
 

@@ -106,7 +106,8 @@ class PruneMlp(TransformPass):
                 neurons[other.id] = other.entry, find_mlp(program.entries[other.entry], other).neurons.name
             except Refused:
                 continue
-        scores = ctx.once(("taylor", program.digest()), lambda: taylor_scores(program, neurons, ctx))
+        token = ctx.key(PruneMlp(), program.digest(), "taylor", *neurons)
+        scores = ctx.once(token, lambda: ctx.cached_tensors(token, lambda: taylor_scores(program, neurons, ctx)))
         if site.id not in scores:
             ctx.note(self.name, site.id, "the metric reads nothing of it: neurons are judged by their energy")
         return scores.get(site.id)
