@@ -1,19 +1,26 @@
-"""How many norms go within a damage: each measured alone, then frozen together, the cheapest first. Nothing is healed.
+"""How many norms go within a damage, unhealed and healed, and the curve that leads towards removing all of them.
 
     python -m benchmarks.texts texts && python -m benchmarks.norms --texts texts
 
-A norm takes the cheaper of `freeze_norm{first=own}` and `freeze_norm{first=same}`, by its damage alone on calibration samples. For
-each limit the longest run of cheapest norms is looked for by halving whose damage together, measured on samples that nothing was
-calibrated on, keeps it; damages together are not quite monotone, so a longer run that fits may be missed. `by the sum` is how many
-the damages alone, added up, would have promised.
+A norm takes the cheaper of `freeze_norm{first=own}` and `freeze_norm{first=same}`, by its damage alone on calibration samples. The
+cheapest norms are then frozen together, and judged on samples that nothing was calibrated on. `by the sum` is how many the damages
+alone, added up, would have promised.
+
+Unhealed, the longest run of cheapest norms within a limit is looked for by halving; damages together are not quite monotone, so a
+longer run that fits may be missed. Healed, counts at equal distances are tried (`--probes`; the last is all norms), and for each limit
+`--halvings` more between the last count that keeps it and the next that was tried: what is said to fit was healed and measured, and
+more might fit. Every healing starts from the dense weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks import texts as texts_of
 from benchmarks.models import digits, program
@@ -32,6 +39,23 @@ from lwcompile.spec import Spec
 Priced = list[tuple[float, str, Spec]]
 
 
+@dataclass(frozen=True)
+class Case:
+    """A model's samples, how many of them are held out for judging, and how it is healed."""
+
+    samples: int
+    seqlen: int
+    judged: int
+    healer: str
+
+
+CASES = {
+    "dinov2": Case(512, 0, 256, "distill{steps=60,train=all,blend=0.5,batch=32,accumulate=1,every=15}"),
+    "minilm": Case(512, 32, 128, "distill{steps=60,train=all,blend=0.5,batch=32,accumulate=1,every=15}"),
+    "smollm2": Case(128, 128, 16, "distill{steps=40,train=[norms,frozen],blend=0.5,batch=2,accumulate=1,every=20}"),
+}
+
+
 def singles(run: Session) -> Priced:
     """(damage alone, site, its cheaper option), the cheapest first."""
     found = ((damage.value, id, spec) for id, options in run.damages.items() for spec, damage in options.items())
@@ -41,23 +65,55 @@ def singles(run: Session) -> Priced:
     return list(best.values())
 
 
-def frozen(run: Session, priced: Priced) -> tuple[Program, Estimate]:
-    """The program with these norms frozen, and its damage on the evaluation samples."""
-    plan = Plan({id: (spec,) for _, id, spec in priced}, Budget(), unit=run.metric.unit)
-    made = run.compress(plan)
-    return made, run.measure(made)["damage"]
+@dataclass
+class Curve:
+    """The damage with the so many cheapest norms frozen, before and after healing: measured once each."""
 
+    run: Session
+    priced: Priced
+    before: dict[int, Estimate] = field(default_factory=dict)
+    after: dict[int, Estimate] = field(default_factory=dict)
+    open: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, str] = field(default_factory=dict)
 
-def most_within(run: Session, priced: Priced, limit: float) -> int:
-    """The number of cheapest norms whose measured damage together keeps the limit, by halving."""
-    low, high = 0, len(priced) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if frozen(run, priced[:middle])[1].mean <= limit:
-            low = middle
-        else:
-            high = middle
-    return low
+    def frozen(self, count: int) -> Program:
+        plan = Plan({id: (spec,) for _, id, spec in self.priced[:count]}, Budget(), unit=self.run.metric.unit)
+        made = self.run.compress(plan)
+        self.open[count] = open_norms(self.run.dense, made, count)
+        return made
+
+    def unhealed(self, count: int) -> float:
+        if count not in self.before:
+            self.before[count] = self.run.measure(self.frozen(count))["damage"]
+        return self.before[count].mean
+
+    def healed(self, count: int) -> float:
+        self.unhealed(count)
+        if count not in self.after:
+            made, done = self.run.heal(self.frozen(count))
+            if done is None:
+                raise SystemExit(f"{self.run.recipe.heal} refused: {self.run.context.remarks[-1].text}")
+            self.after[count] = self.run.measure(made)["damage"]
+            self.kept[count] = f"{done.kept}/{done.steps}"
+        return self.after[count].mean
+
+    def most_unhealed(self, limit: float) -> int:
+        """The number of cheapest norms whose measured damage together keeps the limit, by halving."""
+        low, high = 0, len(self.priced) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.unhealed(middle) <= limit else (low, middle)
+        return low
+
+    def most_healed(self, limit: float, halvings: int) -> int:
+        """The largest count that was healed to within the limit, the bracket at the end of the counts tried halved."""
+        for _ in range(halvings):
+            low = max((n for n in self.after if self.after[n].mean <= limit), default=0)
+            high = min((n for n in self.after if n > low), default=len(self.priced) + 1)
+            if high - low <= 1:
+                break
+            self.healed((low + high) // 2)
+        return max((n for n in self.after if self.after[n].mean <= limit), default=0)
 
 
 def open_norms(dense: Program, made: Program, frozen_norms: int) -> int:
@@ -69,55 +125,79 @@ def open_norms(dense: Program, made: Program, frozen_norms: int) -> int:
     return sum(name.endswith(".frozen") for graph in made.entries.values() for name in graph.tensors)
 
 
+def run_of(name: str, options: argparse.Namespace, scratch: Path) -> Session:
+    case = CASES[name]
+    offered = Spec.parse(f"freeze_norm{{first=[{','.join(options.first)}]}}")
+    if name == "dinov2":
+        pictures = digits(scratch)
+        data: dict[str, dict[str, Any]] = {
+            "calibration": {"dataset": str(pictures[0]), "samples": case.samples},
+            "evaluation": {"dataset": str(pictures[1]), "samples": case.judged},
+        }
+    else:
+        data = {
+            "calibration": {"dataset": texts_of.calibration(options.texts), "samples": case.samples, "seqlen": case.seqlen},
+            "evaluation": {"dataset": texts_of.evaluations(options.texts)["tutorial"], "samples": case.judged,
+                           "seqlen": case.seqlen, "order": "sequential"},
+        }  # fmt: skip
+    recipe = Recipe.named("fast").with_(
+        analyses=[Spec.parse(f"measured{{tokens={options.tokens}}}")], options={"norm": [offered]}, **data
+    )
+    settings = Settings(recipe=recipe, backend="program", run_dir=options.run_dir / name, heal=options.healer or case.healer)
+    return session(program(name), settings, terminal_progress())
+
+
+def rows_of(name: str, curve: Curve, options: argparse.Namespace) -> dict[str, Any]:
+    """Find the counts of each limit, and print them and the curve."""
+    priced, total = curve.priced, len(curve.run.structure.of_kind("norm"))
+    sums = [sum(max(d, 0.0) for d, _, _ in priced[: k + 1]) for k in range(len(priced))]
+    unhealed = {limit: curve.most_unhealed(limit) for limit in options.limits}
+    for i in range(options.probes):
+        curve.healed(round(len(priced) * (i + 1) / options.probes))
+    limits = []
+    for limit in options.limits:
+        count, healed = unhealed[limit], curve.most_healed(limit, options.halvings) if options.probes else 0
+        healed = max(healed, count)  # what fits unhealed needs no healing
+        limits.append({"limit": limit, "by the sum": sum(s <= limit for s in sums), "unhealed": count, "healed": healed})
+        print(f"| {name} | {total} | {limit:g} | {limits[-1]['by the sum']} | {count} | {healed} |", flush=True)
+    print("\n| model | frozen | in the open | before | healed | step kept |\n|---|---|---|---|---|---|")
+    for count in sorted(curve.after):
+        cells = [name, count, curve.open[count], _cell(curve.before[count]), _cell(curve.after[count]), curve.kept[count]]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    points = [{"frozen": n, "before": e.to_json(), "after": curve.after[n].to_json() if n in curve.after else None}
+              for n, e in sorted(curve.before.items())]  # fmt: skip
+    return {"model": name, "norms": total, "limits": limits, "curve": points, "alone": [(id, d) for d, id, _ in priced]}
+
+
+def _cell(damage: Estimate) -> str:
+    return f"{damage.mean:.4f} ({damage.low:.4f} to {damage.high:.4f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=["dinov2", "minilm", "smollm2"])
+    parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--limits", nargs="*", type=float, default=[0.01, 0.05, 0.2])
     parser.add_argument("--tokens", type=int, default=1024, help="calibration tokens that single norms are measured on")
     parser.add_argument("--first", nargs="*", default=["own", "same"], choices=["own", "same"])
+    parser.add_argument("--healer", help="instead of the models' own")
+    parser.add_argument("--probes", type=int, default=4, help="counts that are healed, at equal distances; 0 heals nothing")
+    parser.add_argument("--halvings", type=int, default=2, help="further counts that are healed for a limit")
     texts_of.arguments(parser)
     parser.add_argument("--run-dir", type=Path, default=Path("lwcompile-runs/norms"))
+    parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args()
-    offered = Spec.parse(f"freeze_norm{{first=[{','.join(options.first)}]}}")
-    recipe = Recipe.named("fast").with_(
-        analyses=[Spec.parse(f"measured{{tokens={options.tokens}}}")], options={"norm": [offered]}
-    )
-    print(
-        "| model | norms | damage at most | by the sum | frozen | of them in the open | measured |\n|---|---|---|---|---|---|---|"
-    )
+    rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        pictures = digits(Path(scratch))
         for name in options.models:
             started = time.process_time()
-            data = (
-                {
-                    "calibration": {"dataset": str(pictures[0]), "samples": 128},
-                    "evaluation": {"dataset": str(pictures[1]), "samples": 256},
-                }
-                if name == "dinov2"
-                else _texts(options.texts, *((256, 32) if name == "minilm" else (16, 256)))
-            )
-            dense = program(name)
-            settings = Settings(recipe=recipe.with_(**data), backend="program", run_dir=options.run_dir / name)
-            run = session(dense, settings, terminal_progress())
-            priced = singles(run)
-            for limit in options.limits:
-                sums = [sum(max(d, 0.0) for d, _, _ in priced[: k + 1]) for k in range(len(priced))]
-                count = most_within(run, priced, limit)
-                made, damage = frozen(run, priced[:count])
-                cells = [name, len(run.structure.of_kind("norm")), f"{limit:g}", sum(s <= limit for s in sums), count]
-                cells += [open_norms(dense, made, count), f"{damage.mean:.4f} ({damage.low:.4f} to {damage.high:.4f})"]
-                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-            alone = ", ".join(f"{id} {value:.3g}" for value, id, _ in [*priced[:3], *priced[-3:]])
-            print(f"{name}: {time.process_time() - started:.0f} s of processor time; alone {alone}\n", flush=True)
-
-
-def _texts(folder: Path, samples: int, seqlen: int) -> dict[str, dict[str, object]]:
-    evaluation = {"dataset": texts_of.evaluations(folder)["tutorial"], "samples": samples // 2, "seqlen": seqlen}
-    return {
-        "calibration": {"dataset": texts_of.calibration(folder), "samples": samples, "seqlen": seqlen},
-        "evaluation": {**evaluation, "order": "sequential"},
-    }
+            print("| model | norms | damage at most | by the sum | frozen | healed |\n|---|---|---|---|---|---|")
+            run = run_of(name, options, Path(scratch))
+            rows.append(rows_of(name, Curve(run, singles(run)), options))
+            spent = time.process_time() - started
+            alone = ", ".join(f"{id} {value:.3g}" for id, value in [*rows[-1]["alone"][:3], *rows[-1]["alone"][-3:]])
+            print(f"\n{name}: {run.recipe.heal}; {spent:.0f} s of processor time; alone {alone}\n", flush=True)
+            if options.out is not None:
+                options.out.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

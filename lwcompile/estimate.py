@@ -116,11 +116,10 @@ def estimate(program: Program, *, folder: str | Path = ".", command: Command = "
         rounds = LIMIT_ROUNDS if wished.searches else 1
         seconds["compressing"] = rounds * ((passes * flops + 2.0 * moments) * calibration / speed + fitting)
         seconds["measuring"] = rounds * 2.0 * flops * held_out / speed
-    if writes and recipe.heal is not None:
-        seconds["healing"] = (
-            make("passes", recipe.heal).forwards(recipe.calibration.samples) * flops * recipe.calibration.seqlen / speed
-        )
-        seconds["measuring"] *= 2
+        if recipe.heal is not None:
+            forwards = make("passes", recipe.heal).forwards(recipe.calibration.samples)
+            seconds["healing"] = rounds * forwards * flops * recipe.calibration.seqlen / speed
+            seconds["measuring"] *= 2
     dense = program.nbytes()
     if command == "export":  # and running it, beside the dense model's file
         seconds["writing"] = 5.0 + dense / 2e7

@@ -127,9 +127,9 @@ class ModelGraph:
         """A node reading `name`, made at the current insert point; binds `tensor` to the name if one is given."""
         if tensor is not None:
             self.set_tensor(name, tensor)
-        node = self.graph.create_node("get_attr", name)
+        node, stored = self.graph.create_node("get_attr", name), self.tensor(name)  # read before the mode, which no file knows
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            node.meta["val"] = mode.from_tensor(self.tensor(name))
+            node.meta["val"] = mode.from_tensor(stored)
         return node
 
     def fresh_name(self, base: str) -> str:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lwcompile import ranks
 from lwcompile.artifact import load, model_files, write_artifact
 from lwcompile.budget import Budget
 from lwcompile.context import Progress, SilentProgress
 from lwcompile.contract import Backend
-from lwcompile.damage import Estimate
 from lwcompile.errors import BadInput, InfeasibleBudget, Refused
 from lwcompile.folder import ProgramFolder
 from lwcompile.plans import Plan
@@ -53,7 +53,7 @@ class Settings:
 
     `max_kl` limits the measured damage on held-out samples, in the metric's unit; `avg_bits` and `max_bytes` the size. Samples are
     calibrated on; `eval_dataset` is what the result is judged on. `heal` names a healer, such as `distill{steps=200}`; False heals
-    nothing, whatever the recipe says.
+    nothing, whatever the recipe says. With a healer `max_kl` limits the damage once healed, and every plan that is tried is healed.
     """
 
     recipe: str | Path | Recipe = DEFAULT
@@ -128,8 +128,9 @@ def capture(
         opened = open_source(source, example, {k: dict(v) for k, v in dynamic.items()} if dynamic else None)  # type: ignore[arg-type]
         return _trace(opened, None)
     folder = RunDir.default_root().parent / "programs" / content_key(origin, versions(), _tracer_code())
-    if not (folder / "program.json").is_file():
-        return _trace(open_source(source), folder)
+    with ranks.first_alone():
+        if not (folder / "program.json").is_file():
+            return _trace(open_source(source), folder)
     return Program.load(folder)
 
 
@@ -191,7 +192,7 @@ def _planned_within_both(run: Session, limit: float) -> tuple[Plan, Program]:
     """The least damage for the size, where that keeps the limit on damage too."""
     chosen = run.plan()
     program = run.compress(chosen)
-    found = run.measure(program)["damage"]
+    found = run.settle(program, limit).found["damage"]
     if found.high > limit:
         raise InfeasibleBudget(
             f"the best plan found for {run.recipe.budget} does {found} on held-out samples, past the limit of {limit:g}: allow that "
@@ -213,7 +214,7 @@ def compress(program: Program, path: str | Path | None = None, *, progress: Prog
         wished = dataclasses.replace(wished, backend=ProgramFolder.name)
     run = session(program, wished, progress)
     result = _compressed(run, wished)
-    if path is not None:
+    if path is not None and not ranks.rank():
         folder = Path(path)
         with_decode(result.program, run)  # a decode graph that would differ is said now, and not when somebody generates
         with run._timed("writing"):
@@ -228,43 +229,19 @@ def _compressed(run: Session, settings: Settings, lowered: bool = False) -> Resu
     if lowered and program is None and (reasons := run.backend.unsupported(run.restructured(chosen))):
         raise Refused(f"{run.backend.name} cannot hold this plan: {'; '.join(reasons)}")
     program = program or run.compress(chosen)
-    found, healing = run.measure(program), None
-    if run.recipe.heal is not None:
-        program, found, healing = _healed(run, program, found, settings.max_kl)
+    settled = run.settle(program, settings.max_kl)
+    program, found, healing = settled.program, settled.found, settled.said
+    if healing is not None and settled.text:
+        run.context.remark(
+            str(run.recipe.heal), "", "refused" if "refused" in healing else "did", settled.text, **settled.numbers
+        )
     damage = found["damage"]
     chosen = chosen.replace(measured=damage.mean, interval=(damage.low, damage.high), unit=run.metric.unit)
     report = _report(run, chosen, found, healing)
-    report.save(run.results.root)
-    chosen.save(run.results.root / "plan.yaml", run.table)
+    if not ranks.rank():
+        report.save(run.results.root)
+        chosen.save(run.results.root / "plan.yaml", run.table)
     return Result(program, chosen, report, None, run.results.root)
-
-
-def _healed(
-    run: Session, program: Program, before: dict[str, Estimate], limit: float | None
-) -> tuple[Program, dict[str, Estimate], dict[str, Any]]:
-    """The program healed and measured again, and what the report says of it. Where healing would break the limit that the plan
-    keeps, the program stays as it was."""
-    healed, done = run.heal(program)
-    by, said = str(run.recipe.heal), {"healer": str(run.recipe.heal), "before": before["damage"].to_json()}
-    if done is None:
-        return program, before, said | {"refused": run.context.remarks[-1].text}
-    after = run.measure(healed)
-    old, new = before["damage"], after["damage"]
-    said |= {"after": new.to_json(), "steps": done.steps, "kept": done.kept, "trained": done.trained, "held out": done.damages}
-    if limit is not None and new.high > max(limit, old.high):
-        reason = f"rolled back: damage would be {new}, past the limit of {limit:g}"
-        run.context.remark(by, "", "refused", reason, before=old.mean, after=new.mean, limit=limit)
-        return program, before, said | {"refused": reason}
-    text = (
-        f"damage {old.mean:.4g} before and {new.mean:.4g} after, {new.unit}; {done.trained:,} numbers trained for {done.steps} "
-        f"steps, step {done.kept} kept"
-    )
-    numbers = {"before": old.mean, "after": new.mean, "steps": done.steps, "kept": done.kept, "trained": done.trained}
-    grown = healed.nbytes() - program.nbytes()
-    if grown:  # gains that were all one are one stored tensor before, and several after
-        text, numbers = f"{text}; {grown:+,} bytes stored", numbers | {"bytes": grown}
-    run.context.remark(by, "", "did", text, **numbers)
-    return healed, after, said
 
 
 def export(program: Program, path: str | Path, *, progress: Progress | None = None, **settings: Any) -> Result:
@@ -283,6 +260,8 @@ def export(program: Program, path: str | Path, *, progress: Progress | None = No
     if reasons := run.backend.unsupported(run.dense):
         raise Refused(f"{run.backend.name} cannot hold this model: {'; '.join(reasons)}")
     result = _compressed(run, wished, lowered=True)
+    if ranks.rank():
+        return result
     lowered = with_decode(result.program, run)
     with run._timed("lowering"):
         parity = run.backend.lower(lowered, path, run.context)
@@ -328,6 +307,8 @@ def backend_for(path: Path) -> str | None:
 
 def require_writable(folder: Path) -> None:
     """Fail before the work and not after it."""
+    if ranks.rank():
+        return
     probe = folder / f".lwcompile-{time.time_ns()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from lwcompile import ranks
 from lwcompile.errors import BadInput
 
 if TYPE_CHECKING:
@@ -127,7 +128,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 class RunDir:
-    """Results by key, under one directory. `hits` and `misses` count what was found and what had to be computed."""
+    """Results by key, under one directory. `hits` and `misses` count what was found and what had to be computed.
+
+    Of several processes (`lwcompile.ranks`) only the first writes.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -155,7 +159,8 @@ class RunDir:
         return value
 
     def put(self, key: str, value: dict[str, Any]) -> None:
-        write_atomic(self._path(key), json.dumps(value).encode())
+        if not ranks.rank():
+            write_atomic(self._path(key), json.dumps(value).encode())
 
     def get_tensors(self, key: str) -> dict[str, Tensor] | None:
         from safetensors import SafetensorError
@@ -172,11 +177,13 @@ class RunDir:
     def put_tensors(self, key: str, value: dict[str, Tensor]) -> None:
         from safetensors.torch import save
 
-        write_atomic(self._path(key, ".safetensors"), save({name: t.contiguous() for name, t in value.items()}))
+        if not ranks.rank():
+            write_atomic(self._path(key, ".safetensors"), save({name: t.contiguous() for name, t in value.items()}))
 
     def describe(self, **facts: Any) -> None:
         """Say what the run was asked for; `lwcompile runs` shows it."""
-        write_atomic(self.root / "run.json", json.dumps({"time": time.time(), **facts}, default=str, indent=1).encode())
+        if not ranks.rank():
+            write_atomic(self.root / "run.json", json.dumps({"time": time.time(), **facts}, default=str, indent=1).encode())
 
 
 @dataclass(frozen=True)

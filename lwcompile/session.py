@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lwcompile import ranks
 from lwcompile.apply import apply_plan
 from lwcompile.budget import Budget
 from lwcompile.choices import Offer, build_table, dense_bytes, groups_of, offer
@@ -46,7 +47,21 @@ from lwcompile.structure import Structure, find_structure
 from lwcompile.table import Choice, OptionTable
 
 LIMIT_ROUNDS = 5
-"""How many plans `--max-kl` may measure before it settles for the smallest that keeps the limit."""
+"""How many plans `--max-kl` may heal and measure before it settles for the smallest that keeps the limit."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A compressed program as it is to be written, what was measured of it, and what its healer did.
+
+    said: for the report; None where the recipe heals nothing. text, numbers: of the remark on a healing that was kept.
+    """
+
+    program: Program
+    found: dict[str, Estimate]
+    said: dict[str, Any] | None = None
+    text: str = ""
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -60,6 +75,7 @@ class Session:
     progress: Progress = field(default_factory=SilentProgress)
     seconds: dict[str, float] = field(default_factory=dict)
     annotations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _settled: dict[tuple[str, float | None], Settled] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         known: dict[str, list[str]] = {}
@@ -193,7 +209,7 @@ class Session:
             if not isinstance(analysis, AnalysisPass):
                 raise BadPlan(f"{self.recipe.where('analyses')}: {spec.name} is no analysis")
             manager = Manager(ctx)
-            with self._timed(spec.name):
+            with self._timed(spec.name), ranks.first_alone():
                 annotations = manager.analyze(self.dense, analysis)
             self.annotations[str(spec)] = annotations
             for site, value in annotations.items():
@@ -286,7 +302,8 @@ class Session:
         }
 
     def plan_within(self, limit: float) -> tuple[Plan, Program]:
-        """The smallest plan found whose measured damage on held-out samples keeps `limit` with its whole interval.
+        """The smallest plan found whose measured damage on held-out samples keeps `limit` with its whole interval: once healed,
+        if the recipe heals. With it its program, unhealed, which `settle` knows.
 
         Predicted damages add up and measured ones do not, so the budget of predicted damage is moved by bisection on measured
         plans: `LIMIT_ROUNDS` of them. `InfeasibleBudget` if none keeps the limit.
@@ -297,7 +314,7 @@ class Session:
         for _ in range(LIMIT_ROUNDS):
             plan = self.plan(Budget(max_damage=target, drop_sublayers=self.recipe.budget.drop_sublayers))
             program = self.compress(plan)
-            found = self.measure(program)["damage"]
+            found = self.settle(program, limit).found["damage"]
             least = min(least, found.high)
             if found.high <= limit:
                 low = target
@@ -331,7 +348,7 @@ class Session:
         )
         ctx.memo.clear()
         ctx.stats.clear()
-        with self._timed("compressing"):
+        with self._timed("compressing"), ranks.first_alone():
             return apply_plan(self.dense, plan.choices, self.structure, ctx)
 
     def restructured(self, plan: Plan) -> Program:
@@ -358,16 +375,56 @@ class Session:
             done = Manager(ctx).heal(healed, self.dense, healer)
         return healed, done
 
+    def settle(self, program: Program, limit: float | None = None) -> Settled:
+        """The program measured, healed if the recipe says so, and measured again; each once.
+
+        Where healing would break the limit that the program keeps, or do more damage past it, the program stays as it was.
+        """
+        token = program.digest(), limit
+        if token not in self._settled:
+            self._settled[token] = self._settle(program, limit)
+        return self._settled[token]
+
+    def _settle(self, program: Program, limit: float | None) -> Settled:
+        before = self.measure(program)
+        if self.recipe.heal is None:
+            return Settled(program, before)
+        healed, done = self.heal(program)
+        said = {"healer": str(self.recipe.heal), "before": before["damage"].to_json()}
+        if done is None:
+            return Settled(program, before, said | {"refused": self.context.remarks[-1].text})
+        after = self.measure(healed)
+        old, new = before["damage"], after["damage"]
+        said |= {
+            "after": new.to_json(),
+            "steps": done.steps,
+            "kept": done.kept,
+            "trained": done.trained,
+            "held out": done.damages,
+        }
+        numbers = {"before": old.mean, "after": new.mean, "steps": done.steps, "kept": done.kept, "trained": done.trained}
+        if limit is not None and new.high > max(limit, old.high):
+            reason = f"rolled back: damage would be {new}, past the limit of {limit:g}"
+            return Settled(program, before, said | {"refused": reason}, reason, numbers | {"limit": limit})
+        text = (
+            f"damage {old.mean:.4g} before and {new.mean:.4g} after, {new.unit}; {done.trained:,} numbers trained for {done.steps} "
+            f"steps, step {done.kept} kept"
+        )
+        if grown := healed.nbytes() - program.nbytes():  # gains that were all one are one stored tensor before, and several after
+            text, numbers = f"{text}; {grown:+,} bytes stored", numbers | {"bytes": grown}
+        return Settled(healed, after, said, text, numbers)
+
     # --- measuring
 
     def measure(self, program: Program) -> dict[str, Estimate]:
         """Damage, agreement and perplexity of a program against the dense one, on the evaluation set."""
         key = content_key("measure", self.digest, program.digest(), self.evaluation.content_hash, repr(self.metric), versions())
-        if (stored := self.results.get(key)) is not None:
-            return {name: Estimate.from_json(row) for name, row in stored.items()}
-        with self._timed("measuring"):
-            found = self._measure(program)
-        self.results.put(key, {name: e.to_json() for name, e in found.items()})
+        with ranks.first_alone():
+            if (stored := self.results.get(key)) is not None:
+                return {name: Estimate.from_json(row) for name, row in stored.items()}
+            with self._timed("measuring"):
+                found = self._measure(program)
+            self.results.put(key, {name: e.to_json() for name, e in found.items()})
         return found
 
     def _measure(self, program: Program) -> dict[str, Estimate]:

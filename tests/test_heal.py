@@ -33,9 +33,13 @@ def context(program: Program, rows: int = 24, **given: Any) -> Context:
     return Context(calibration(rows), metric=Kl(), structure=find_structure(program), program=program, **given)
 
 
-def compressed(dense: Program, option: str = "quantize{bits=2,group_size=16,zero_point=float,solver=rtn}") -> Program:
+def compressed(
+    dense: Program, option: str = "quantize{bits=2,group_size=16,zero_point=float,solver=rtn}", frozen: bool = False
+) -> Program:
     ctx, made = context(dense), dense.copy()
     assert ctx.structure is not None
+    if frozen:
+        Manager(ctx).transform(made, [(site, make("passes", "freeze_norm")) for site in ctx.structure.of_kind("norm")])
     sites = [s for s in ctx.structure.of_kind("linear") if s.id != "head"]
     Manager(ctx).transform(made, [(site, make("passes", Spec.parse(option))) for site in sites])
     return made
@@ -152,6 +156,30 @@ def test_changed_names_the_block_that_lost_something() -> None:
     assert {name.partition(".layers.")[2][:1] for name in differing(program, healed)} == {"1"}
 
 
+def test_frozen_norms_are_blended_in_and_what_they_were_folded_into_is_trained() -> None:
+    dense = llama_program()
+    ctx, program = context(dense), dense.copy()
+    assert ctx.structure is not None
+    norms = ctx.structure.of_kind("norm")
+    Manager(ctx).transform(program, [(site, make("passes", "freeze_norm")) for site in norms if site.id != "final_norm"])
+    healed, done = heal(dense, program, Distill(steps=20, every=5, train="frozen", lr=0.02, batch=4, blend=0.5, patience=1))
+    readers = {
+        n
+        for n in program.main.tensors
+        if n.rpartition(".weight")[0].endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
+    }
+    assert differing(program, healed) == readers and done.steps > 10 and damage(dense, healed) < 0.9 * damage(dense, program)
+    healed, _ = heal(dense, program, Distill(steps=10, every=5, train="norms", lr=0.02, batch=4, blend=0.5))
+    assert {n for n in differing(program, healed)} == {n for n in program.main.tensors if n.endswith("norm.weight")}
+
+
+def test_a_blend_of_nothing_is_noted() -> None:
+    dense = llama_program()
+    ctx = context(dense)
+    assert Manager(ctx).heal(compressed(dense), dense, Distill(steps=1, train="scales", batch=4, blend=0.5)) is not None
+    assert [r.text for r in ctx.remarks] == ["blend has nothing to do: no norm was frozen in this run"]
+
+
 def test_tied_tensors_stay_tied_and_gains_of_ones_do_not_become_tied() -> None:
     dense = llama_program(tied=True)
     ones = torch.ones(32)
@@ -263,12 +291,17 @@ class KillAfter:
             raise Killed
 
 
-RESUMED = Distill(steps=12, every=3, lr=0.01, batch=4, train=("norms", "scales", "codes"), hidden=0.5)
+RESUMED = Distill(steps=12, every=3, lr=0.01, batch=4, train=("norms", "scales", "codes", "frozen"), hidden=0.5, blend=0.75)
+
+
+def hurt(dense: Program) -> Program:
+    """Its norms frozen, and then its linears quantized."""
+    return compressed(dense, frozen=True)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others() -> None:
     dense = llama_program()
-    program = compressed(dense)
+    program = hurt(dense)
     first, again = (heal(dense, program, RESUMED)[0] for _ in range(2))
     assert first.digest() == again.digest()
     assert heal(dense, program, RESUMED, seed=1)[0].digest() != first.digest()
@@ -278,7 +311,7 @@ def killed(folder: str) -> None:
     """What the subprocess of the next test runs."""
     dense = llama_program()
     ctx = context(dense, rundir=RunDir(Path(folder)), progress=KillAfter(8, hard=True))
-    Manager(ctx).heal(compressed(dense), dense, RESUMED)
+    Manager(ctx).heal(hurt(dense), dense, RESUMED)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
@@ -288,7 +321,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
     dense = llama_program()
-    program = compressed(dense)
+    program = hurt(dense)
     assert len(list((tmp_path / "tensors").iterdir())) == 1
     whole, straight = heal(dense, program, RESUMED)
     counting = KillAfter(100)
@@ -344,6 +377,56 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
             # float16 scales may round apart by one unit in the last place
             close = 1e-5 if tensor.dtype == torch.float32 else 1e-3
             torch.testing.assert_close(tensor.float(), alone[name].float(), rtol=close, atol=1e-7)
+
+
+def test_torchrun_shares_one_compile(tmp_path: Path) -> None:
+    """`torchrun -m lwcompile compress --heal` over two processes: the tensors that one process makes, and one of everything else."""
+    import json
+
+    import torch.distributed as dist
+
+    from lwcompile.plans import Plan
+    from lwcompile.recipe import Recipe
+
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this build of torch has no gloo, which processes without a GPU talk through")
+    program, recipe = llama_program(), Recipe.parse(RECIPE)
+    (option,) = recipe.options["linear"]
+    plan = Plan({s.id: (option,) for s in find_structure(program).of_kind("linear") if s.parent is not None})
+    program.save(tmp_path / "model")
+    plan.save(tmp_path / "plan.yaml")
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    alone = pipeline.compress(program, recipe=recipe, plan=plan, heal=str(SHARED.spec()), run_dir=tmp_path / "alone")
+    words = {"model": "model", "recipe": "recipe.yaml", "plan": "plan.yaml", "run-dir": "run"}
+    given = [f"--{name}={tmp_path / value}" for name, value in words.items()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lwcompile"]
+    done = subprocess.run(
+        [*torchrun, "compress", str(tmp_path / "out"), *given, f"--heal={SHARED.spec()}", "--json"],
+        check=False, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    if done.returncode and "bind" in done.stderr and "Permission" in done.stderr:
+        pytest.skip("processes on this machine may not open a port to each other")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["path"] == str(tmp_path / "out")  # one document: the other process printed none
+    made, wanted = tensors(pipeline.load(tmp_path / "out").program), tensors(alone.program)
+    assert made.keys() == wanted.keys() and differing(program, program.copy()) == set()
+    for name, tensor in wanted.items():
+        close = 1e-5 if tensor.dtype == torch.float32 else 1e-3
+        torch.testing.assert_close(made[name].float(), tensor.float(), rtol=close, atol=1e-7)
+    assert len(list((tmp_path / "run" / "tensors").iterdir())) == len(list((tmp_path / "alone" / "tensors").iterdir()))
+
+
+def test_processes_behind_the_first_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lwcompile import ranks
+    from lwcompile.recipe import Recipe
+
+    program = llama_program()
+    words: dict[str, Any] = {"recipe": Recipe.parse(RECIPE), "heal": False, "avg_bits": 32.0, "run_dir": tmp_path / "run"}
+    monkeypatch.setattr(ranks, "prepared", lambda: True)
+    monkeypatch.setattr(ranks, "join", lambda: (1, 2))
+    monkeypatch.setattr(ranks, "told", lambda value: value)
+    result = pipeline.compress(program, tmp_path / "out", **words)
+    assert result.plan.measured is not None and not list(tmp_path.rglob("*"))
 
 
 # --- refusals
@@ -452,6 +535,27 @@ def test_a_recipe_heals_what_its_plan_made(tmp_path: Path) -> None:
     assert (remark["numbers"]["before"], remark["numbers"]["after"]) == (plain.plan.measured, healed.plan.measured)
     assert pipeline.load(tmp_path / "out").program.digest() == healed.program.digest()
     assert "before healing" in {row[0] for row in _rows(healed)} and "before healing" not in {row[0] for row in _rows(plain)}
+
+
+def test_a_limit_is_on_the_damage_once_healed(tmp_path: Path) -> None:
+    """The limit is what every linear at 2 bits does once healed: healing reaches it with fewer bytes than plans that are not."""
+    from lwcompile.plans import Plan
+    from lwcompile.recipe import Recipe
+
+    offered = "quantize{bits=[2,3,6],group_size=16,zero_point=float,solver=rtn}"
+    recipe = Recipe.parse(RECIPE.replace("quantize{bits=2,group_size=16,zero_point=float,solver=rtn}", offered))
+    program, words = llama_program(), {"recipe": recipe, "run_dir": tmp_path}
+    least = Spec.parse("quantize{bits=2,group_size=16,zero_point=float,solver=rtn}")
+    uniform = Plan({s.id: (least,) for s in find_structure(program).of_kind("linear") if s.parent is not None})
+    smallest = pipeline.compress(program, plan=uniform, **words)
+    assert smallest.plan.interval is not None
+    limit = smallest.plan.interval[1] * 1.001
+    plain = pipeline.compress(program, max_kl=limit, heal=False, **words)
+    healed = pipeline.compress(program, max_kl=limit, **words)
+    assert plain.plan.interval and healed.plan.interval and max(plain.plan.interval[1], healed.plan.interval[1]) <= limit
+    assert healed.plan.bytes < plain.plan.bytes and healed.report.data["healing"]["before"]["mean"] > healed.plan.measured
+    assert len([r for r in healed.report.data["remarks"] if r["pass"] == str(recipe.heal)]) == 1
+    assert pipeline.plan(program, max_kl=limit, **words).choices == healed.plan.choices
 
 
 def _rows(result: pipeline.Result) -> list[tuple[str, str, str, str]]:

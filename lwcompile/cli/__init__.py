@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from lwcompile import ranks
 from lwcompile.cli import look, make, plans, plugins, quality
 from lwcompile.cli.failures import Stopped, report_failure
 
@@ -73,6 +74,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except (Stopped, Exception) as error:
         return report_failure(error)
+    finally:
+        ranks.leave()
     return 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ class Budgets:
     max_size: Annotated[str | None, Option(help="At most this size, such as 80MB, '45 MB' or 1.2GB.")] = None
     drop_sublayers: Annotated[int | None, Option(help="Drop exactly this many attention and MLP sublayers.", min=0)] = None
     max_kl: Annotated[
-        float | None, Option(help="At most this damage on held-out samples, its 95 % interval included.", min=0.0)
+        float | None,
+        Option(help="At most this damage on held-out samples, its 95 % interval included; once healed, with --heal.", min=0.0),
     ] = None
 
 
@@ -162,9 +164,11 @@ def settings(
 
 
 def device(name: str) -> str:
-    """`cpu`, or a CUDA device that this machine has; `BadInput` says what is missing."""
+    """`cpu`, or a CUDA device that this machine has; `BadInput` says what is missing. Under torchrun `cuda` is each process's own."""
     from lwcompile.errors import BadInput
 
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     kind, colon, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (colon and not (kind == "cuda" and index.isdecimal())):
         raise BadInput(f"--device is cpu, cuda or cuda:N, and not {name!r}")

@@ -86,9 +86,10 @@ def analyze(
 
 
 def progress() -> Any:
-    from lwcompile.progress import terminal_progress
+    from lwcompile import ranks
+    from lwcompile.progress import SilentProgress, terminal_progress
 
-    return terminal_progress(err())
+    return SilentProgress() if ranks.rank() else terminal_progress(err())
 
 
 def require_backend(path: Path, backend: str | None, recipe: str) -> None:
@@ -138,6 +139,10 @@ def open_model(model: str | None) -> Program:
 
 def finish(result: Result, as_json: bool) -> None:
     """What a compile ends with: the strip and the figures, or their JSON; where things lie, on stderr."""
+    from lwcompile import ranks
+
+    if ranks.rank():
+        return
     report = result.run_dir / "report.html" if result.run_dir else None
     if as_json:
         return show_json({"path": result.path, "run_dir": result.run_dir, "report": report, **result.report.summary()})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lwcompile.cli.console import note, show, show_json
-from lwcompile.cli.flags import Budgets, Data, HeldOut, Json, Run, Source, flags, settings
+from lwcompile.cli.flags import Budgets, Data, Healing, HeldOut, Json, Run, Source, flags, settings
 from lwcompile.cli.make import dry_run, open_model, progress, require_words
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 @flags
 def plan(
-    ctx: typer.Context, source: Source, budget: Budgets, data: Data, held_out: HeldOut, run: Run,
+    ctx: typer.Context, source: Source, budget: Budgets, healing: Healing, data: Data, held_out: HeldOut, run: Run,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here instead of to stdout.")] = None,
 ) -> None:  # fmt: skip
     """Choose an option for every site under a budget, and write the plan as YAML.
@@ -37,8 +37,11 @@ def plan(
     if ctx.invoked_subcommand is not None:
         return
     from lwcompile import pipeline
+    from lwcompile.errors import BadInput
 
-    words = settings(budget, data, run, held_out=held_out)
+    words = settings(budget, data, run, healing, held_out=held_out)
+    if healing.heal is not None and budget.max_kl is None:
+        raise BadInput("--heal says nothing to a plan without --max-kl, which measures plans; give it to compress or export")
     require_words(words)
     program = open_model(source.model)
     if run.dry_run:

@@ -55,9 +55,9 @@ class Course:
             self.keep()
         self.damages.append((self.step, damage))
 
-    def stalled(self, patience: int) -> bool:
-        """Whether the last `patience` checks brought nothing better."""
-        return sum(step > self.kept for step, _ in self.damages) >= patience
+    def stalled(self, patience: int, since: int = 0) -> bool:
+        """Whether the last `patience` checks, all behind the step `since`, brought nothing better."""
+        return sum(step > max(self.kept, since) for step, _ in self.damages) >= patience
 
     # --- keeping
 

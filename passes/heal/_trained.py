@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from lwcompile.executor import Executor, Values
 from lwcompile.formats import pack_bits, unpack_bits
+from lwcompile.former import formers
 from lwcompile.graph import ModelGraph
 from lwcompile.program import Program
 from lwcompile.residual import NORMS, WEIGHTED
@@ -25,7 +26,7 @@ from lwcompile.structure import Structure
 aten = torch.ops.aten
 DEQUANTIZE = torch.ops.lwcompile.dequantize.default
 
-WORDS = ("norms", "scales", "codes", "adapters", "changed", "all")
+WORDS = ("norms", "scales", "codes", "adapters", "frozen", "changed", "all")
 Name = tuple[str, str]
 """Entry point and name in its graph."""
 
@@ -94,17 +95,19 @@ def _is_constant(node: fx.Node) -> bool:
 
 
 def roles(program: Program, dense: Program) -> dict[str, set[Name]]:
-    """`norms`, `scales`, `codes`, `adapters` and `weights` -> the tensors that are such."""
+    """`norms`, `scales`, `codes`, `adapters`, `frozen` and `weights` -> the tensors that are such."""
     found: dict[str, set[Name]] = defaultdict(set)
     known = dense.keys()
     for entry, graph in program.entries.items():
-        for node in graph.graph.nodes:
-            for role, read in _reads(node):
-                name = str(read.target)
-                if role == "adapters" and graph.tensors[name] in known:
-                    continue
-                if role == "codes" or graph.tensor(name).is_floating_point():
-                    found[role].add((entry, name))
+        before = dense.entries[entry]
+        gains = {str(read.target) for node in before.graph.nodes if node.target in NORMS for read in read_by(node)}
+        reads = [(role, str(read.target)) for node in graph.graph.nodes for role, read in _reads(node)]
+        reads += [("frozen", str(read.target)) for _, _, calls in formers(graph) for call in calls for read in read_by(call)]
+        for role, name in [*reads, *(("norms", name) for name in gains & graph.tensors.keys())]:
+            if role == "adapters" and graph.tensors[name] in known:
+                continue
+            if role == "codes" or graph.tensor(name).is_floating_point():
+                found[role].add((entry, name))
     return found
 
 

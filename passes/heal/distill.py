@@ -9,8 +9,12 @@ of its root mean square a step. The tensors kept are the best on held-out calibr
 start counts too, so damage never grows there. On text of another kind it may, the more so the higher `lr`. Under torchrun, or in an
 open process group, the batches of a step are shared out and their gradients summed.
 
+With `blend`, what reads a frozen norm reads share * x / constant + (1 - share) * x / deviation(x) during training. The share rises
+from 0 at the first step to 1 after `blend` of all steps: from the norms' own statistics to what the program computes.
+
 Source: distillation (arXiv 1503.02531); hidden states as in TinyBERT (arXiv 1909.10351), the last ones as in FoldGPT (arXiv
-2407.00928); norms alone as in Norm Tweaking (arXiv 2309.02784), scales with frozen codes as in EfficientQAT (arXiv 2407.11062).
+2407.00928); norms alone as in Norm Tweaking (arXiv 2309.02784), scales with frozen codes as in EfficientQAT (arXiv 2407.11062); a norm
+that fades as in SLAB (arXiv 2405.11582).
 Cost: `steps` * `batch` * `accumulate` samples, each forward twice and backward once; 16 bytes a trained number.
 Refuses: nothing to train; a metric without gradients; fewer samples than one batch beside the held-out ones; batches that do not
 go evenly to the processes.
@@ -25,13 +29,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lwcompile import ranks
 from lwcompile.context import Context
 from lwcompile.contract import Healing, HealPass
 from lwcompile.damage import DamageMeter
-from lwcompile.errors import Refused
+from lwcompile.errors import InternalError, Refused
 from lwcompile.executor import Executor
 from lwcompile.memory import give_back
-from lwcompile.passes.heal import _ranks as ranks
+from lwcompile.passes.heal._blend import Blend
 from lwcompile.passes.heal._course import Course
 from lwcompile.passes.heal._ends import changed_tensors, common_ends, distance
 from lwcompile.passes.heal._samples import Samples
@@ -46,9 +51,10 @@ class Distill(HealPass):
     """Train `train` against the dense program on the calibration samples, for `steps` steps.
 
     train: `norms` (and biases), `scales` (and float zero points), `codes` (straight through), `adapters` (low-rank factors that
-    the dense program lacks), `changed` (all of the blocks that the plan changed more than most), `all` (everything but codes), or
-    globs over ids of sites and names of tensors.
+    the dense program lacks), `frozen` (what frozen norms were folded into), `changed` (all of the blocks that the plan changed more
+    than most), `all` (everything but codes), or globs over ids of sites and names of tensors.
     batch: samples that run together; by default the metric's group, or 4. accumulate: batches a step.
+    blend: share of the steps over which frozen norms come to be that; held-out samples see them frozen throughout.
     held_out: share of the calibration samples; 0 trains on all and keeps the last step. patience: checks without a gain.
     """
 
@@ -63,6 +69,7 @@ class Distill(HealPass):
     accumulate: int = 2
     warmup: float = 0.1
     clip: float = 1.0
+    blend: float = 0.0
     held_out: float = 0.125
     every: int = 20
     patience: int = 4
@@ -79,8 +86,8 @@ class Distill(HealPass):
             raise ValueError(f"batch is at least 1, not {self.batch}")
         if min(self.output, self.hidden, self.tail) < 0 or self.output + self.hidden + self.tail == 0:
             raise ValueError("output, hidden and tail are weights of the loss: none below 0, and not all 0")
-        if not (0 <= self.held_out < 1 and 0 <= self.warmup < 1):
-            raise ValueError("held_out and warmup are shares, at least 0 and below 1")
+        if not (0 <= self.held_out < 1 and 0 <= self.warmup < 1 and 0 <= self.blend < 1):
+            raise ValueError("held_out, warmup and blend are shares, at least 0 and below 1")
         if not self.words:
             raise ValueError("train names what may change, such as norms or scales")
 
@@ -94,15 +101,17 @@ class Distill(HealPass):
 
     def heal(self, program: Program, dense: Program, ctx: Context) -> Healing:
         run = _Run(self, program, dense, ctx)
-        key = ctx.key(self, program.digest(), dense.digest(), ctx.device)
-        stored = ctx.rundir.get_tensors(key) if ctx.rundir is not None else None
+        key = ctx.key(self, program.digest(), dense.digest(), len(run.blend.parts), torch.device(ctx.device).type)
+        if key != ranks.told(key):
+            raise InternalError(f"process {run.rank} has another program or other samples to heal than the first")
+        stored = ranks.told(ctx.rundir.get_tensors(key) if ctx.rundir is not None and not run.rank else None)
         finished = run.course.restore(stored) if stored is not None else False
         with ctx.progress.task(f"healing {run.count:,} numbers", self.steps) as task:
             task.advance(run.course.step)
             while not finished:
                 if run.due():
                     finished = run.check() or run.course.step == self.steps
-                    if ctx.rundir is not None and run.rank == 0:
+                    if ctx.rundir is not None and not run.rank:
                         ctx.rundir.put_tensors(key, run.course.state(finished))
                 if not finished:
                     run.advance()
@@ -122,7 +131,7 @@ class _Run:
     def __init__(self, given: Distill, program: Program, dense: Program, ctx: Context) -> None:
         self.given, self.ctx, self.metric = given, ctx, ctx.need_metric()
         self.dense, device = Executor(dense, ctx.device), torch.device(ctx.device)
-        self.rank, self.ranks = ranks.join(device)
+        self.rank, self.ranks = ranks.join()
         if given.accumulate % self.ranks:
             raise Refused(f"{given.accumulate} batches a step do not go evenly to {self.ranks} processes: set accumulate")
         size = given.batch or (getattr(self.metric, "batch", ctx.batch_size) if self.metric.joint else ctx.batch_size)
@@ -142,7 +151,10 @@ class _Run:
             raise Refused(f"there is nothing to train: {', '.join(given.words)} names no tensor of the compressed program")
         self.trained = made(program, dense, chosen, device)
         self.count = sum(one.parameter.numel() for one in self.trained)
-        self.student = Training(program, self.trained, ctx.device)
+        self.blend, self.blended = Blend(program), round(given.blend * given.steps)
+        if given.blend and not self.blend.parts:
+            ctx.note(given.name, "", "blend has nothing to do: no norm was frozen in this run")
+        self.student = Training(self.blend.program, self.trained, ctx.device)
         parameters, sizes = zip(*((one.parameter, one.size) for one in self.trained))
         self.course = Course(parameters, sizes, given.lr, given.steps, given.warmup, given.clip)
         has_fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -152,6 +164,7 @@ class _Run:
     def advance(self) -> None:
         """One step; each rank takes its share of the batches."""
         given, course = self.given, self.course
+        self.blend.set(course.step / self.blended if self.blended else 1.0)
         for i in range(self.rank, given.accumulate, self.ranks):
             loss = self._loss(self.samples.batch(course.step * given.accumulate + i)) / given.accumulate
             if not loss.requires_grad:
@@ -159,8 +172,7 @@ class _Run:
             loss.backward()
         for p in course.parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if self.ranks > 1:
-            ranks.add_up([p.grad for p in course.parameters if p.grad is not None])
+        ranks.add_up([p.grad for p in course.parameters if p.grad is not None])
         course.advance()
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -188,13 +200,13 @@ class _Run:
         return not checked and (course.step % self.given.every == 0 or course.step == self.given.steps)
 
     def check(self) -> bool:
-        """Measure the held-out damage, and say whether it is time to stop."""
+        """Measure the held-out damage with all that is frozen frozen, and say whether it is time to stop."""
         if self.samples.held is None:
             self.course.keep()
             return False
-        damage = self._damage() if self.rank == 0 else 0.0
-        self.course.judge(ranks.told(damage, self.dense.device) if self.ranks > 1 else damage)
-        return self.course.stalled(self.given.patience)
+        self.blend.set(1.0)
+        self.course.judge(ranks.told(self._damage() if self.rank == 0 else 0.0))
+        return self.course.stalled(self.given.patience, self.blended)
 
     def finish(self) -> None:
         """Leave what was kept in the parameters; `Refused` if the training ran away and nothing held it back."""

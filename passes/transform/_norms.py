@@ -33,8 +33,11 @@ class Norm:
 
     def deviation(self, x: Tensor) -> Tensor:
         """s of each token, float64: x [..., width] -> [...]."""
-        x = x.double()
-        return (x.var(-1, correction=0) if self.centred else x.square().mean(-1)).add(self.eps).sqrt()
+        return deviation(x.double(), self.centred, self.eps)
+
+
+def deviation(x: Tensor, centred: bool, eps: float) -> Tensor:
+    return (x.var(-1, correction=0) if centred else x.square().mean(-1)).add(eps).sqrt()
 
 
 def norm_at(graph: ModelGraph, site: Site) -> Norm:

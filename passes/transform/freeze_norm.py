@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -27,9 +28,10 @@ from torch import Tensor, fx
 from lwcompile.context import Context
 from lwcompile.contract import StoredTensor, TransformPass
 from lwcompile.errors import BadPlan, Refused
+from lwcompile.former import Former, leave
 from lwcompile.graph import ModelGraph
 from lwcompile.masks import Formula
-from lwcompile.passes.transform._norms import Norm, fold, new_biases, norm_at, read_norm, readers
+from lwcompile.passes.transform._norms import Norm, deviation, fold, new_biases, norm_at, read_norm, readers
 from lwcompile.prefix import Cursor
 from lwcompile.program import Program
 from lwcompile.site import Site, SiteKind
@@ -153,8 +155,10 @@ def freeze(
         x = call(aten.sub.Tensor, x, call(aten.mean.dim, x, [-1], True))
     if factor is not None:
         x = call(aten.mul.Tensor, x, factor)
+    former = Former(norm.node.name, x.name, norm.x.name, partial(_by_its_own, norm.centred, norm.eps, bool(into), others))
     if not into:
-        x = _affine(graph, call, norm, x, others)
+        gained, x = _affine(graph, call, norm, x, others)
+    leave(into or [gained], former)
     if x is not norm.x:
         x.meta.update(norm.node.meta)
     norm.node.replace_all_uses_with(x)
@@ -190,8 +194,15 @@ def _first(graph: ModelGraph, call: Formula, norm: Norm) -> fx.Node:
     return call(aten.unsqueeze.default, call(aten.eq.Scalar, call(aten.arange.default, length), 0), 0)
 
 
-def _affine(graph: ModelGraph, call: Formula, norm: Norm, x: fx.Node, divisor: float) -> fx.Node:
-    """x / divisor * gain + shift, in the open."""
+def _by_its_own(centred: bool, eps: float, folded: bool, others: float, x: Tensor) -> Tensor:
+    """What the norm would have each reader read, which divides by `others` what it is given: x by its own deviation instead."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    base = wide - wide.mean(-1, keepdim=True) if centred and not folded else wide
+    return (base * (others / deviation(wide, centred, eps).unsqueeze(-1))).to(x.dtype)
+
+
+def _affine(graph: ModelGraph, call: Formula, norm: Norm, x: fx.Node, divisor: float) -> tuple[fx.Node, fx.Node]:
+    """x / divisor * gain, and that + shift, in the open."""
     if norm.gain is None:
         x = call(aten.mul.Tensor, x, 1 / divisor)
     else:
@@ -201,6 +212,6 @@ def _affine(graph: ModelGraph, call: Formula, norm: Norm, x: fx.Node, divisor: f
             read = graph.get_attr(name, (gain.double() / divisor).to(gain.dtype))
         x = call(aten.mul.Tensor, x, read)
     if norm.shift is None:
-        return x
+        return x, x
     with graph.graph.inserting_before(norm.node):
-        return call(aten.add.Tensor, x, graph.get_attr(norm.shift))
+        return x, call(aten.add.Tensor, x, graph.get_attr(norm.shift))

@@ -1,0 +1,5 @@
+"""`python -m lwcompile`, and `torchrun -m lwcompile`."""
+
+from lwcompile.cli import main
+
+main()
