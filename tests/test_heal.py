@@ -402,7 +402,7 @@ def test_torchrun_shares_one_compile(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lwcompile"]
     done = subprocess.run(
         [*torchrun, "compress", str(tmp_path / "out"), *given, f"--heal={SHARED.spec()}", "--json"],
-        check=False, capture_output=True, text=True, timeout=300,
+        check=False, capture_output=True, text=True, timeout=800,
     )  # fmt: skip
     if done.returncode and "bind" in done.stderr and "Permission" in done.stderr:
         pytest.skip("processes on this machine may not open a port to each other")
