@@ -148,7 +148,8 @@ class Frozen(nn.Module):
     def __init__(self, norm: nn.Module, constants: tuple[float, float], share: float) -> None:
         super().__init__()
         self.centred, self.gain, self.shift = _is_layer_norm(norm), norm.weight, getattr(norm, "bias", None)
-        self.norm, self.constants, self.share, self.first = norm, constants, share, None
+        self.norm, self.constants, self.share = norm, constants, share
+        self.first: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.share * self.frozen(x) + (1 - self.share) * self.norm(x)
@@ -156,8 +157,8 @@ class Frozen(nn.Module):
     def frozen(self, x: torch.Tensor) -> torch.Tensor:
         others, first = self.constants
         x = x - x.mean(-1, keepdim=True) if self.centred else x
-        where = None if self.first is None or x.ndim != 3 else self.first[..., None].to(x)  # type: ignore
-        x = x / (others if where is None else where * first + (1 - where) * others) * self.gain
+        where = None if self.first is None or x.ndim != 3 else self.first[..., None].to(x)
+        x = x / (others if where is None else where * first + (1 - where) * others) * self.gain  # type: ignore[operator]
         return x if self.shift is None else x + self.shift
 
 
