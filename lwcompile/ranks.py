@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+from lwcompile.errors import InternalError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -69,6 +71,12 @@ def told(value: T) -> T:
     box = [value if me == 0 else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[return-value]
+
+
+def require_same(value: object, what: str) -> None:
+    """`InternalError` in a process that has another value here than the first."""
+    if value != told(value):
+        raise InternalError(f"process {rank()} does not have the {what} of the first one: give all of them one run directory")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lwcompile.context import Context
 from lwcompile.former import formers
 from lwcompile.program import Program
 
@@ -28,8 +29,9 @@ class Between:
 class Blend:
     """`program`: a copy of the given one with its formers (`lwcompile.former`) blended in. Nodes and tensors keep their names."""
 
-    def __init__(self, program: Program) -> None:
-        self.program, self.parts = program.copy(), list[Between]()
+    def __init__(self, program: Program, over: int = 0, ctx: Context | None = None) -> None:
+        """over: the steps in which the parts go all the way; 0: they are there from the start."""
+        self.program, self.over, self.parts = program.copy(), over, list[Between]()
         for graph in self.program.entries.values():
             for former, now, readers in list(formers(graph)):
                 made = Between(former.value)
@@ -40,12 +42,14 @@ class Blend:
                     reader.replace_input_with(now, node)
                 self.parts.append(made)
 
+        if over and not self.parts and ctx is not None:
+            ctx.note("blend", "", "there is nothing to blend: no norm was frozen in this run")
+
+    def at(self, step: int) -> None:
+        """Be as far as after so many steps."""
+        self.set(min(1.0, step / self.over) if self.over else 1.0)
+
     def set(self, share: float) -> None:
         """Of the way to go, all parts together."""
         for part in self.parts:
-            part.share = min(max(share, 0.0), 1.0)
-
-    def set_in_turn(self, share: float) -> None:
-        """One part after the other, in the order the program runs."""
-        for i, part in enumerate(self.parts):
-            part.share = min(max(share * len(self.parts) - i, 0.0), 1.0)
+            part.share = share

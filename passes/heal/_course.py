@@ -36,6 +36,12 @@ class Course:
         """Of the full rate: linear warm-up, then half a cosine (arXiv 1608.03983) to zero behind the last step."""
         return min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
+    def gradients(self) -> list[Tensor]:
+        """Of every parameter, in order; zeros where a batch did not reach one."""
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return [p.grad for p in self.parameters if p.grad is not None]
+
     def advance(self) -> None:
         """One step along the parameters' gradients, which are then gone."""
         torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)

@@ -33,7 +33,7 @@ from lwcompile import ranks
 from lwcompile.context import Context
 from lwcompile.contract import Healing, HealPass
 from lwcompile.damage import DamageMeter
-from lwcompile.errors import InternalError, Refused
+from lwcompile.errors import Refused
 from lwcompile.executor import Executor
 from lwcompile.memory import give_back
 from lwcompile.passes.heal._blend import Blend
@@ -76,14 +76,12 @@ class Distill(HealPass):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
-        for field in ("steps", "accumulate", "every", "patience"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is at least 1, not {getattr(self, field)}")
+        for field in ("steps", "accumulate", "every", "patience", "batch"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise ValueError(f"{field} is at least 1, not {value}")
         for field in ("lr", "clip"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} is above 0, not {getattr(self, field)}")
-        if self.batch is not None and self.batch < 1:
-            raise ValueError(f"batch is at least 1, not {self.batch}")
         if min(self.output, self.hidden, self.tail) < 0 or self.output + self.hidden + self.tail == 0:
             raise ValueError("output, hidden and tail are weights of the loss: none below 0, and not all 0")
         if not (0 <= self.held_out < 1 and 0 <= self.warmup < 1 and 0 <= self.blend < 1):
@@ -102,8 +100,7 @@ class Distill(HealPass):
     def heal(self, program: Program, dense: Program, ctx: Context) -> Healing:
         run = _Run(self, program, dense, ctx)
         key = ctx.key(self, program.digest(), dense.digest(), len(run.blend.parts), torch.device(ctx.device).type)
-        if key != ranks.told(key):
-            raise InternalError(f"process {run.rank} has another program or other samples to heal than the first")
+        ranks.require_same(key, "program and samples to heal")
         stored = ranks.told(ctx.rundir.get_tensors(key) if ctx.rundir is not None and not run.rank else None)
         finished = run.course.restore(stored) if stored is not None else False
         with ctx.progress.task(f"healing {run.count:,} numbers", self.steps) as task:
@@ -151,28 +148,24 @@ class _Run:
             raise Refused(f"there is nothing to train: {', '.join(given.words)} names no tensor of the compressed program")
         self.trained = made(program, dense, chosen, device)
         self.count = sum(one.parameter.numel() for one in self.trained)
-        self.blend, self.blended = Blend(program), round(given.blend * given.steps)
-        if given.blend and not self.blend.parts:
-            ctx.note(given.name, "", "blend has nothing to do: no norm was frozen in this run")
+        self.blend = Blend(program, round(given.blend * given.steps), ctx)
         self.student = Training(self.blend.program, self.trained, ctx.device)
         parameters, sizes = zip(*((one.parameter, one.size) for one in self.trained))
         self.course = Course(parameters, sizes, given.lr, given.steps, given.warmup, given.clip)
-        has_fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        fast = given.precision == "bfloat16" or (given.precision == "auto" and has_fast)
+        able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        fast = given.precision == "bfloat16" or (given.precision == "auto" and able)
         self._fast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
     def advance(self) -> None:
         """One step; each rank takes its share of the batches."""
         given, course = self.given, self.course
-        self.blend.set(course.step / self.blended if self.blended else 1.0)
+        self.blend.at(course.step)
         for i in range(self.rank, given.accumulate, self.ranks):
             loss = self._loss(self.samples.batch(course.step * given.accumulate + i)) / given.accumulate
             if not loss.requires_grad:
                 raise Refused(f"{self.metric!r} gives no gradient for what is trained: set output=0 and hidden or tail above it")
             loss.backward()
-        for p in course.parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        ranks.add_up([p.grad for p in course.parameters if p.grad is not None])
+        ranks.add_up(course.gradients())
         course.advance()
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -196,17 +189,18 @@ class _Run:
     def due(self) -> bool:
         """Whether to check now; what a killed run has checked is not checked again."""
         course = self.course
-        checked = bool(course.damages) and course.damages[-1][0] == course.step
-        return not checked and (course.step % self.given.every == 0 or course.step == self.given.steps)
+        return course.step not in dict(course.damages) and (
+            course.step % self.given.every == 0 or course.step == self.given.steps
+        )
 
     def check(self) -> bool:
         """Measure the held-out damage with all that is frozen frozen, and say whether it is time to stop."""
         if self.samples.held is None:
             self.course.keep()
             return False
-        self.blend.set(1.0)
+        self.blend.at(self.blend.over)
         self.course.judge(ranks.told(self._damage() if self.rank == 0 else 0.0))
-        return self.course.stalled(self.given.patience, self.blended)
+        return self.course.stalled(self.given.patience, self.blend.over)
 
     def finish(self) -> None:
         """Leave what was kept in the parameters; `Refused` if the training ran away and nothing held it back."""
