@@ -40,6 +40,13 @@ def deviation(x: Tensor, centred: bool, eps: float) -> Tensor:
     return (x.var(-1, correction=0) if centred else x.square().mean(-1)).add(eps).sqrt()
 
 
+def by_its_own(centred: bool, eps: float, folded: bool, others: float, x: Tensor) -> Tensor:
+    """What the norm would have each reader read, which divides by `others` what it is given: x by its own deviation instead."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    base = wide - wide.mean(-1, keepdim=True) if centred and not folded else wide
+    return (base * (others / deviation(wide, centred, eps).unsqueeze(-1))).to(x.dtype)
+
+
 def norm_at(graph: ModelGraph, site: Site) -> Norm:
     """The norm of a site; `Refused` if it is gone, is over several dimensions, or computes its gain."""
     node = next((n for n in graph.graph.nodes if n.name == site.node), None)

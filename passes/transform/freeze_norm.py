@@ -31,7 +31,7 @@ from lwcompile.errors import BadPlan, Refused
 from lwcompile.former import Former, leave
 from lwcompile.graph import ModelGraph
 from lwcompile.masks import Formula
-from lwcompile.passes.transform._norms import Norm, deviation, fold, new_biases, norm_at, read_norm, readers
+from lwcompile.passes.transform._norms import Norm, by_its_own, fold, new_biases, norm_at, read_norm, readers
 from lwcompile.prefix import Cursor
 from lwcompile.program import Program
 from lwcompile.site import Site, SiteKind
@@ -155,7 +155,7 @@ def freeze(
         x = call(aten.sub.Tensor, x, call(aten.mean.dim, x, [-1], True))
     if factor is not None:
         x = call(aten.mul.Tensor, x, factor)
-    former = Former(norm.node.name, x.name, norm.x.name, partial(_by_its_own, norm.centred, norm.eps, bool(into), others))
+    former = Former(norm.node.name, x.name, norm.x.name, partial(by_its_own, norm.centred, norm.eps, bool(into), others))
     if not into:
         gained, x = _affine(graph, call, norm, x, others)
     leave(into or [gained], former)
@@ -192,13 +192,6 @@ def _first(graph: ModelGraph, call: Formula, norm: Norm) -> fx.Node:
     sizes = [(nodes[i.name], d) for i in graph.inputs for d in i.dynamic if d > 0 and i.shape[d] == shape[1]]
     length = call.size(*(sizes[0] if sizes else (norm.x, 1)))
     return call(aten.unsqueeze.default, call(aten.eq.Scalar, call(aten.arange.default, length), 0), 0)
-
-
-def _by_its_own(centred: bool, eps: float, folded: bool, others: float, x: Tensor) -> Tensor:
-    """What the norm would have each reader read, which divides by `others` what it is given: x by its own deviation instead."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    base = wide - wide.mean(-1, keepdim=True) if centred and not folded else wide
-    return (base * (others / deviation(wide, centred, eps).unsqueeze(-1))).to(x.dtype)
 
 
 def _affine(graph: ModelGraph, call: Formula, norm: Norm, x: fx.Node, divisor: float) -> tuple[fx.Node, fx.Node]:
