@@ -43,7 +43,7 @@ from lwcompile.errors import LwError, Refused, VerificationError
 from lwcompile.graph import ModelGraph, inputs_of
 from lwcompile.pipeline import capture
 from lwcompile.program import Program
-from lwcompile.registry import make
+from lwcompile.registry import load, make, plugins
 from lwcompile.site import SUBLAYER_KINDS, Site
 from lwcompile.sources import Part, Source, open_source
 from lwcompile.spec import Spec
@@ -242,14 +242,15 @@ def _send(sender: object, member: Member) -> None:
     sender.send(examine(member))  # type: ignore[attr-defined]
 
 
-def _kept(member: Member, folder: Path) -> Row:
+def _kept(member: Member, options: argparse.Namespace) -> Row:
     """The row that lies in the folder, or is put there."""
+    folder: Path = options.rows
     path = folder / f"{member.name}.json"
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         lists = {key: tuple(found[key]) for key in ("dropped", "remarks")}
         return Row(**{**found, **lists, "transforms": tuple(Outcome(**o) for o in found["transforms"])})
-    row = examine_apart(member)
+    row = examine_apart(member, options.seconds)
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(row), indent=1), encoding="utf-8")
     return row
@@ -321,6 +322,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="architectures; all of them if none is named")
     parser.add_argument("--write", type=Path, help="the Markdown file to write the table into")
     parser.add_argument("--rows", type=Path, help="a folder for the members' rows; those that lie there are not run again")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="that a member may take, on a machine that does nothing else"
+    )
     options = parser.parse_args(arguments)
     unknown = set(options.names) - {m.name for m in MEMBERS}
     if unknown:
@@ -330,7 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
     for member in MEMBERS:
         if options.names and member.name not in options.names:
             continue
-        rows.append(row := _kept(member, options.rows) if options.rows else examine_apart(member))
+        rows.append(row := _kept(member, options) if options.rows else examine_apart(member, options.seconds))
         print(
             f"{row.name:12} {'right' if row.right else row.reason}  [{row.decode}] {row.parity:.0e}", file=sys.stderr, flush=True
         )
@@ -342,7 +346,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _quiet() -> None:
+    import torch._dynamo
     import transformers
+
+    for plugin in plugins("passes"):  # what every member imports, once instead of in each of their processes
+        load("passes", plugin.name)
+    load("backends", "onnx")
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(1)  # a forked process cannot use its parent's threads
