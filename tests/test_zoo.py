@@ -40,8 +40,10 @@ def test_a_member_goes_all_the_way(name: str):
     assert row.decode == ("yes" if BY_NAME[name].auto == "ForCausalLM" else "")
     assert {o.name for o in row.transforms} == ({t.name for t in transforms()} if name in TRANSFORMED else set())
     for outcome in row.transforms:
-        known = TRANSFORMED[name].get(outcome.name)
-        assert (known in outcome.reason) if known else (outcome.at and outcome.parity <= zoo.PARITY_TOLERANCE), outcome
+        assert outcome.parity <= zoo.PARITY_TOLERANCE if outcome.at else outcome.reason, outcome
+        assert TRANSFORMED[name].get(outcome.name, "") in outcome.reason, outcome
+    applied = {o.name for o in row.transforms if o.at}
+    assert name not in TRANSFORMED or applied >= {"drop", "window", "share", "parallel", "low_rank", "fold_norms", "freeze_norm"}
 
 
 def test_members_are_many_and_the_required_ones_are_among_them():

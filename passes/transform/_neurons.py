@@ -48,7 +48,7 @@ def find_mlp(graph: ModelGraph, site: Site) -> Mlp:
     while down is not None and down.target is not aten.linear.default:
         computed = [n for n in down.all_input_nodes if n.op != "get_attr" and isinstance(n.meta["val"], Tensor)]
         if down.target not in PASSED_ON or len(computed) != 1:
-            raise Refused(f"its output is not that of one linear, but of {down.format_node()}", site=site.id)
+            raise Refused(f"its output is not that of one linear, but of {down.target}", site=site.id)
         down = computed[0]
     if down is None:
         raise Refused("it is no longer in the graph", site=site.id)
