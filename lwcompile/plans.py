@@ -9,7 +9,8 @@
       block3.attention: drop
       block3.mlp.down_proj: lowrank{rank=64} + quantize{bits=8}
 
-A site that is not named keeps its original form. Errors name the file and the line.
+A site that is not named keeps its original form. A key may be a glob, such as `"block*"`: it stands for the sites that are offered
+what it says. Errors name the file and the line.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +122,24 @@ class Plan:
         if self.source is None:
             return ""
         return f"{self.source}:{self.lines[site]}" if site in self.lines else self.source
+
+    def spread(self, table: OptionTable) -> Plan:
+        """The plan with each key that holds a `*` replaced by the sites it matches that can carry its options and are not named.
+
+        `BadPlan` for a key that no site takes.
+        """
+        choices, lines = {site: options for site, options in self.choices.items() if "*" not in site}, dict(self.lines)
+        for key in (site for site in self.choices if "*" in site):
+            rows = (row for id, row in table.sites.items() if fnmatchcase(id, key) and id not in choices)
+            found = [row.site for row in rows if (c := row.by_options.get(self.choices[key])) is not None and c.refused is None]
+            if not found:
+                where = self.where(key)
+                raise BadPlan(
+                    f"{where and where + ': '}no site that {key!r} matches can carry {format_options(self.choices[key])}"
+                )
+            choices |= dict.fromkeys(found, self.choices[key])
+            lines |= {site: self.lines[key] for site in found if key in self.lines}
+        return dataclasses.replace(self, choices=choices, lines=lines)
 
     def validate(self, offered: OptionTable | Mapping[str, Iterable[Spec] | None], groups: Sequence[Group] = ()) -> None:
         """Raise `BadPlan`, with file and line, for an unknown site, an option not offered, a broken group or a conflict.

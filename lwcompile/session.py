@@ -275,7 +275,8 @@ class Session:
     def adopt(self, plan: Plan) -> Plan:
         """A plan from elsewhere, checked against the table (`BadPlan` with file and line), with what it is predicted to be.
 
-        An option that says the same as an offered one in other words, such as without a default, becomes that one.
+        An option that says the same as an offered one in other words, such as without a default, becomes that one. A key with `*`
+        stands for every site that is offered what it says and is not named itself.
         """
         offered = {transform.spec(): spec for spec, transform in self.offer.transforms.items() if not spec.then}
 
@@ -285,7 +286,7 @@ class Session:
             except LwError:  # validation says what is wrong with it, and where
                 return option
 
-        plan = plan.normalize(form)
+        plan = plan.normalize(form).spread(self.table)
         plan.validate(self.table)
         found = self.table.evaluate(plan.choices)
         return plan.replace(predicted=found.damage, bytes=found.bytes)

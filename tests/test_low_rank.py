@@ -122,12 +122,23 @@ def test_ranks():
     share /= share.sum()
     assert effective == pytest.approx(torch.exp(-(share * share.log()).sum()).item(), rel=1e-9)
     assert LowRank(effective=0.5).stored(program.main, site)[0].shape == (round(0.5 * effective), 32)
+    held = LowRank(energy=0.9).stored(program.main, site)[0].shape[0]
+    assert share[:held].sum() >= 0.9 > share[: held - 1].sum()
+    with pytest.raises(Refused, match="would hold"):
+        LowRank(energy=1.0).check(program.main, site)
     with pytest.raises(Refused, match=r"would hold 2112 numbers, and the weight 2048"):
         LowRank(rank=22).check(program.main, site)
     with pytest.raises(Refused, match="also read by"):
         LowRank(rank=4).check(program.main, find_structure(program).sites["head"])
     bad: dict[str, Any]
-    for bad in ({"rank": 0}, {"ratio": 1.5}, {"rank": 3, "effective": 1.0}, {"importance": 2.0}):
+    for bad in (
+        {"rank": 0},
+        {"ratio": 1.5},
+        {"rank": 3, "effective": 1.0},
+        {"rank": 3, "energy": 0.9},
+        {"energy": 2.0},
+        {"importance": 2.0},
+    ):
         with pytest.raises(BadPlan):
             LowRank(**bad)
 
@@ -210,6 +221,35 @@ def test_fisher_prices_the_change_of_the_product(option):
     values = edited.advance({Executor(program).input_of(site.node): x}, start, stop)
     moved = values[site.node] - x @ program.main.tensor(str(site.weight)).T
     torch.testing.assert_close(x @ (change.scale * changes.delta(change).float()).T, moved, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["prune_mlp{ratio=0.25}", "prune_mlp{ratio=0.5,compensate=false} + quantize{bits=8,group_size=16}", "latent{rank=12}"],
+)
+def test_fisher_prices_what_a_sublayers_own_weights_become(option):
+    """The moves of all its linears together are what the sublayer's output moves by, as far as that is linear in them."""
+    from lwcompile.passes.analysis._changes import Changes
+
+    program, spec = llama_program(), Spec.parse(option)
+    ctx = known(program)
+    place = "block1.attention" if spec.name == "latent" else "block1.mlp"
+    changes = Changes(program, ctx, None)
+    assert not changes.add([(0, [place])], spec)
+    edited, moved = ctx.edited(program, [place], [spec]), program.copy()
+    for key, made in changes.by_key.items():
+        (change,) = made
+        name = str(next(s.weight for s in ctx.find_structure(program).of_kind("linear") if s.node == key))
+        moved.main.set_tensor(name, program.main.tensor(name) + change.scale * changes.delta(change).float())
+    assert relative_error(logits(edited), logits(moved)) < 2e-3 < relative_error(logits(edited), logits(program))
+
+
+def test_fisher_does_not_price_other_weights_in_their_place():
+    from lwcompile.passes.analysis._changes import Changes
+
+    program = llama_program()
+    refused = Changes(program, known(program), None).add([(0, ["block1"])], Spec.parse("share{rank=4}"))
+    assert "other weights in the place" in refused[0]
 
 
 # --- correction

@@ -11,12 +11,15 @@ from test_real import _in_order, example, real
 from tiny import calibration, ids, llama, llama_program
 from torch import nn
 
+from lwcompile.budget import Budget
+from lwcompile.choices import build_table, offer
 from lwcompile.context import Context
-from lwcompile.contract import Wanted
+from lwcompile.contract import Damage, Wanted
 from lwcompile.data import CalibrationSet
 from lwcompile.decode import derive_decode
 from lwcompile.errors import Refused
 from lwcompile.executor import Executor
+from lwcompile.folder import ProgramFolder
 from lwcompile.manager import Manager, relative_error
 from lwcompile.metric import Kl, sample_labels
 from lwcompile.passes.transform._neurons import find_mlp, taylor_scores
@@ -215,3 +218,22 @@ def test_pruning_the_real_model_equals_the_module_with_rows_and_columns_deleted(
     delete("llama", *linears_of("llama", model.model.layers[7]), kept, None)  # type: ignore[union-attr,index]
     assert outputs_differ(changed, model, given) < 1e-5  # type: ignore[arg-type]
     assert outputs_differ(program, model, given) > 1e-4  # type: ignore[arg-type]
+
+
+def test_the_integer_program_beats_the_largest_ratio_within_a_tolerance():
+    """AMP (arXiv 2603.08100) takes the largest ratio whose damage stays within a tolerance, MLP by MLP; the plan of the same damage
+    is no larger."""
+    generator = torch.Generator().manual_seed(0)
+    ratios, tolerance = [0.125, 0.25, 0.5, 0.75], 0.05
+    program = llama_program()
+    structure = find_structure(program)
+    made = offer(program, structure, Recipe.parse(f"options: {{mlp: ['prune_mlp{{ratio={ratios}}}']}}"))
+    steps = {id: torch.rand(len(ratios), generator=generator).cumsum(0) * 0.03 for id in made.options}
+    damages = {id: dict(zip(specs, map(Damage, steps[id].tolist()))) for id, specs in made.options.items()}
+    table = build_table(program, structure, made, damages, ProgramFolder(), "nats/token")
+    bisected = {id: [s.parts for s, d in row.items() if d.value <= tolerance][-1:] for id, row in damages.items()}
+    by_hand = table.evaluate({id: found[0] for id, found in bisected.items() if found})
+    assert by_hand.damage > 0
+    plan = make("allocators", Spec("integer_program")).allocate(table, Budget(max_damage=by_hand.damage))
+    chosen = table.evaluate(plan.choices)
+    assert chosen.bytes <= by_hand.bytes and chosen.damage <= by_hand.damage + 1e-9

@@ -20,7 +20,7 @@ from lwcompile import pipeline
 from lwcompile.apply import SequentialPrefix, apply_plan, places
 from lwcompile.choices import Damages, build_table, offer
 from lwcompile.context import Context
-from lwcompile.contract import Damage, Wanted, configure
+from lwcompile.contract import Damage, TransformPass, Wanted, configure
 from lwcompile.decode import derive_decode
 from lwcompile.errors import BadPlan, Refused
 from lwcompile.executor import Executor
@@ -77,7 +77,7 @@ def copy_by_hand(name: str, layers: nn.ModuleList, kind: str, into: int, source:
                         value.data = getattr(other, key).data.clone()
 
 
-def share(program: Program, *steps: tuple[str, Share]) -> Program:
+def share(program: Program, *steps: tuple[str, TransformPass]) -> Program:
     structure = find_structure(program)
     ctx, shared = Context(structure=structure, program=program), program.copy()
     done = Manager(ctx).transform(shared, [(structure.sites[id], how) for id, how in steps])

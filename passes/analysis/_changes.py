@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from lwcompile.context import Context
+from lwcompile.contract import TransformPass
 from lwcompile.errors import Refused
 from lwcompile.executor import Executor
 from lwcompile.memory import give_back
 from lwcompile.program import Program
-from lwcompile.site import SUBLAYER_KINDS
+from lwcompile.site import SUBLAYER_KINDS, Site
 from lwcompile.spec import Spec
 from lwcompile.spill import TensorCache
 
@@ -54,15 +55,10 @@ class Changes:
         transform = self.ctx.transform(option)
         if self.solver is not None and hasattr(transform, "solver"):
             option = Spec(option.name, (*(a for a in option.args if a[0] != "solver"), ("solver", self.solver)))
-        if transform.replaces:
-            return {
-                job: f"{option} puts other weights in the place of these: too large a change for second order" for job, _ in jobs
-            }
+        if transform.replaces and not self._moves_own(option, [id for _, unit in jobs for id in unit]):
+            text = f"{option} puts other weights in the place of these: too large a change for second order"
+            return dict.fromkeys((job for job, _ in jobs), text)
         refused: dict[int, str] = {}
-        if transform.replaces:
-            return dict.fromkeys(
-                (job for job, _ in jobs), "it puts other layers in their place, which is no small change of a weight"
-            )
         try:
             if transform.silences and len(jobs) > 1:
                 raise Refused("removed branches hide each other")
@@ -75,18 +71,30 @@ class Changes:
             return refused
         for job, unit in jobs:
             try:
-                self._note(job, unit, option, edited, transform.silences)
+                self._note(job, unit, option, edited, transform)
             except Refused as refusal:
                 refused[job] = refusal.reason
         edited.release()
         give_back()
         return refused
 
-    def _note(self, job: int, unit: Sequence[str], option: Spec, edited: Executor, removes: bool) -> None:
+    def _moves_own(self, option: Spec, ids: Sequence[str]) -> bool:
+        """Whether what an option leaves in the place of these sublayers are their own weights, only moved or narrowed."""
+        sites = self.ctx.find_structure(self.program).sites
+        if any(sites[id].kind not in SUBLAYER_KINDS for id in ids):
+            return False
+        try:
+            return all(self.ctx.transform(option).children(self.program.entries[sites[id].entry], sites[id]) for id in ids)
+        except Refused:
+            return True  # which applying it will say
+
+    def _note(self, job: int, unit: Sequence[str], option: Spec, edited: Executor, transform: TransformPass) -> None:
         structure = self.ctx.find_structure(self.program)
         made: list[Change] = []
         for site in (structure.sites[id] for id in unit):
-            if removes:
+            if transform.replaces:
+                made += self._moved(job, transform, site, edited)
+            elif transform.silences:
                 parts = [s for s in (site, *structure.children(site.id)) if s.kind in SUBLAYER_KINDS]
                 made += [Change(k, job) for s in parts if (k := self.dense.key(s)) not in edited.index]
             else:
@@ -103,6 +111,30 @@ class Changes:
         after = weight_of(edited, key, self.dense.input_of(key))
         if before.shape != after.shape:
             raise Refused("the option changes the weight's shape", site=site)
+        return self._change(job, key, before, after)
+
+    def _moved(self, job: int, transform: TransformPass, site: Site, edited: Executor) -> list[Change]:
+        """Of each of a sublayer's linears. A weight that lost columns has zeros there, and rows that left are read by nothing: the
+        channels that stay are those by which the option says that what it leaves is fed."""
+        left = transform.children(self.program.entries[site.entry], site)
+        by = (self.ctx.derived[child.id][1] for child in left if child.id in self.ctx.derived)
+        kept = next((index for index in by if index is not None and index.ndim == 1), None)
+        made: list[Change] = []
+        for child in (c for c in self.ctx.find_structure(self.program).children(site.id) if c.kind == "linear"):
+            key = self.dense.key(child)
+            before = self.dense.constant(weight_node(self.dense, key))
+            after = weight_of(edited, key, self.dense.input_of(key)).float()
+            narrow = [d for d in (0, 1) if after.shape[d] < before.shape[d]]
+            if narrow and (kept is None or len(narrow) > 1 or len(kept) != after.shape[narrow[0]]):
+                raise Refused("the option changes the weight's shape", site=child.id)
+            if narrow:
+                whole = before.float().clone() if narrow == [0] else torch.zeros_like(before, dtype=torch.float32)
+                after = whole.index_copy_(narrow[0], kept.to(whole.device), after)  # type: ignore[union-attr]
+            if not torch.equal(after, before.float()):
+                made.append(self._change(job, key, before, after))
+        return made
+
+    def _change(self, job: int, key: str, before: Tensor, after: Tensor) -> Change:
         step = self.dense.steps[self.dense.position(key)]
         token = (job, step.graph.tensors[str(weight_node(self.dense, key).target)])
         difference = after.float() - before.float()
@@ -122,10 +154,13 @@ def is_embedding(executor: Executor, key: str) -> bool:
 
 
 def weight_of(executor: Executor, key: str, source: str) -> Tensor:
-    """The weight that the calls from `source` to `key` amount to: of one linear, of linears in a row, or of sums of these."""
+    """The weight that the calls from `source` to `key` amount to: of one linear, of linears in a row, whatever the layout between
+    them, or of sums of these."""
     if key not in executor.index:
         raise Refused("the option replaces the layer by more than linears, which is no change of its weight")
     node = executor.steps[executor.position(key)].node
+    if node.target in (aten.squeeze.dim, aten.unsqueeze.default):
+        return weight_of(executor, executor.input_of(key), source)
     if node.target is aten.add.Tensor and len(terms := executor.reads(executor.steps[executor.position(key)])) == 2:
         return weight_of(executor, terms[0], source) + weight_of(executor, terms[1], source)
     weight, fed = executor.constant(weight_node(executor, key)), executor.input_of(key)

@@ -14,7 +14,9 @@ vanish (without them, value projections come out at a third of what they do). Si
 
 Source: Fisher information as the Hessian of the KL; derived above.
 Cost: a forward and `draws` backwards over the samples, each with one product of every weight's size; one dot product an option.
-Refuses: options that neither change a weight nor remove a branch, with a remark.
+Refuses: options that neither change a weight nor remove a branch, and those that put other weights in its place, with a remark.
+Pruned neurons are columns of the linear behind them that become 0 or are refitted, and latents a change of the keys' and values'
+weights.
 
 A site's numeric formats by one solver differ in little but how much of the weight they lose, so only the one of middle width is
 solved and moved (its anchor); the others' figures follow from it by sum dW_nk^2 E[g_n^2] E[x_k^2], with dW by the cheap `solver`.

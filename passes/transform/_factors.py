@@ -1,7 +1,8 @@
-"""Low-rank factors of a weight in the norm of its outputs: what `low_rank` and `quantize{rank=...}` share."""
+"""Low-rank factors of a weight, or of a difference of two, in the norm of its outputs: what several transforms share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -40,16 +41,61 @@ def principal(weight: Tensor, rank: int, hessian: Tensor | None) -> tuple[Tensor
 
 def effective_rank(graph: ModelGraph, name: str) -> float:
     """exp of the entropy of a stored weight's squared singular values, each over their sum (arXiv 2509.25622)."""
-    key = graph.tensors[name]
-    if key not in _EFFECTIVE:
-        share = torch.linalg.svdvals(graph.tensor(name).double()).square()
-        share = share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)
-        _EFFECTIVE[key] = torch.special.entr(share).sum().exp().item()
-    return _EFFECTIVE[key]
+    return entropy_rank(spectrum(graph.tensors[name], lambda: graph.tensor(name)))
 
 
-_EFFECTIVE: dict[str, float] = {}
-"""By content key, so that one weight's spectrum is found once."""
+def energy_rank(graph: ModelGraph, name: str, energy: float) -> int:
+    """The fewest directions of a stored weight that hold this part of its squared singular values."""
+    held = spectrum(graph.tensors[name], lambda: graph.tensor(name)).cumsum(0)
+    return int((held < energy - 1e-12).sum()) + 1
+
+
+def entropy_rank(share: Tensor) -> float:
+    return torch.special.entr(share).sum().exp().item()
+
+
+def spectrum(key: str, make: Callable[[], Tensor]) -> Tensor:
+    """Squared singular values of a matrix, largest first, each over their sum; found once under its content key."""
+    if key not in _SPECTRA:
+        squares = torch.linalg.svdvals(make().double()).square()
+        _SPECTRA[key] = squares / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
+    return _SPECTRA[key]
+
+
+_SPECTRA: dict[str, Tensor] = {}
+
+
+def residual_sites(site: Site, call: fx.Node, name: str, shape: tuple[int, int], rank: int) -> tuple[Site, Site]:
+    """The sites of A [r, K] and B [N, r] beside a linear of a block or sublayer, whose weight has this name."""
+    path, (n, k) = call.meta.get("path", ""), shape
+    inner = Site(
+        f"{site.id}.{call.name}_down",
+        "linear",
+        site.id,
+        site.entry,
+        path,
+        f"{call.name}_down",
+        weight=f"{name}_down",
+        shape=(rank, k),
+    )
+    return inner, replace(inner, id=f"{site.id}.{call.name}_up", node=f"{call.name}_up", weight=f"{name}_up", shape=(n, rank))
+
+
+def add_residual(graph: ModelGraph, call: fx.Node, sites: tuple[Site, Site], a: Tensor, b: Tensor) -> None:
+    """linear(x, W, b) -> linear(x, W, b) + linear(linear(x, A), B); the call's node goes on standing for the first term."""
+    inner, outer = sites
+    with graph.graph.inserting_after(call):
+        total = graph.graph.call_function(aten.add.Tensor, (call, call))
+    call.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    new, linear = graph.graph.create_node, aten.linear.default
+    with graph.graph.inserting_before(total):
+        down, up = (graph.get_attr(str(s.weight), m.contiguous()) for s, m in ((inner, a), (outer, b)))
+        thin = new("call_function", linear, (call.args[0], down), name=inner.node)
+        wide = new("call_function", linear, (thin, up), name=outer.node)
+    total.args = (call, wide)
+    value = call.meta.get("val")
+    for node, made in ((thin, values_of(call, len(a))), (wide, value), (total, value)):
+        node.meta.update(path=inner.path, val=made)
 
 
 def only_call(graph: ModelGraph, site: Site) -> fx.Node:

@@ -22,13 +22,22 @@ from lwcompile.context import Context
 from lwcompile.contract import StoredTensor, TransformPass
 from lwcompile.errors import BadPlan, Refused
 from lwcompile.graph import ModelGraph
-from lwcompile.passes.transform._factors import effective_rank, factor_sites, only_call, principal, stats_for, values_of
+from lwcompile.passes.transform._factors import (
+    effective_rank,
+    energy_rank,
+    factor_sites,
+    only_call,
+    principal,
+    stats_for,
+    values_of,
+)
 from lwcompile.site import Site, SiteKind
 
 
 @dataclass(frozen=True)
 class LowRank(TransformPass):
-    """Keep `ratio` of a weight's numbers; or so many directions: `rank`, or `effective` times the weight's effective rank.
+    """Keep `ratio` of a weight's numbers; or so many directions: `rank`, `effective` times the weight's effective rank, or as few as
+    hold `energy` of its squared singular values.
 
     `importance` is the power of the calibration tokens' weights (0: all count alike).
     """
@@ -39,17 +48,19 @@ class LowRank(TransformPass):
     ratio: float = 0.5
     rank: int | None = None
     effective: float | None = None
+    energy: float | None = None
     importance: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.effective is not None:
-            raise BadPlan("low_rank takes a rank, or a multiple of the effective rank, not both")
+        if sum(given is not None for given in (self.rank, self.effective, self.energy)) > 1:
+            raise BadPlan("low_rank takes a rank, a multiple of the effective rank, or an energy, not several of them")
         if (
             not 0 < self.ratio < 1
             or (self.rank is not None and self.rank < 1)
             or not (self.effective is None or self.effective > 0)
+            or not (self.energy is None or 0 < self.energy <= 1)
         ):
-            raise BadPlan(f"low_rank needs 0 < ratio < 1, rank >= 1 and effective > 0, not {self}")
+            raise BadPlan(f"low_rank needs 0 < ratio < 1, rank >= 1, effective > 0 and 0 < energy <= 1, not {self}")
         if not 0 <= self.importance <= 1:
             raise BadPlan(f"low_rank takes an importance between 0 and 1, not {self.importance:g}")
 
@@ -84,6 +95,8 @@ class LowRank(TransformPass):
             wanted = self.rank
         elif self.effective is not None:
             wanted = round(self.effective * effective_rank(graph, str(site.weight)))
+        elif self.energy is not None:
+            wanted = energy_rank(graph, str(site.weight), self.energy)
         else:
             wanted = int(self.ratio * n * k / (n + k))
         return min(max(wanted, 1), n, k)

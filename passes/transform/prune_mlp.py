@@ -9,6 +9,10 @@ with g the gradient of the log-likelihood of labels drawn from the model's distr
 the calibration tokens, of which it needs several times as many as there are neurons, or it fits their noise. A `quantize` joined to it
 applies to each of the linears.
 
+How much to take where is the plan's: with `ratio=[0.125,0.25,0.5]` on offer, the integer program gives each MLP a ratio by its damage
+and its bytes, which for the damage that AMP's bisection MLP by MLP (the largest ratio within a tolerance) adds up to is at least as
+small.
+
 Source: AMP (arXiv 2603.08100) for label-free Taylor scores, here of the likelihood instead of the entropy; least squares over the
 kept neurons as in Optimal Brain Surgeon (Hassibi and Stork, 1993).
 Cost: one forward and backward over the samples for all MLPs, one solve of the kept width an MLP.

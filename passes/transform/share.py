@@ -28,6 +28,7 @@ from lwcompile.context import Context
 from lwcompile.contract import Needs, StoredTensor, TransformPass
 from lwcompile.errors import Refused
 from lwcompile.graph import ModelGraph
+from lwcompile.passes.transform._factors import add_residual, residual_sites
 from lwcompile.passes.transform._reads import Read, consumers_of, readers_of, stored_reads
 from lwcompile.site import SUBLAYER_KINDS, Site, SiteKind
 from lwcompile.structure import Structure
@@ -63,9 +64,9 @@ class Share(TransformPass):
 
     def needs(self, graph: ModelGraph, site: Site, structure: Structure) -> Needs:
         source = self._source(site, structure)
-        pairs = self._pairs(graph, site, source)
+        pairs = self.pairs(graph, site, source)
         if self.mean:
-            self._private(graph, source, [theirs for _, theirs in pairs])
+            self.require_private(graph, source, [theirs for _, theirs in pairs])
         names = {own: other for mine, theirs in pairs for own, other in zip(mine.names, theirs.names)}
         weights = [s for s in structure.sites.values() if s.kind in ("linear", "embedding") and s.entry == site.entry]
         of = {s.weight: s.id for s in weights if s.id.startswith(f"{source.id}.")}
@@ -76,7 +77,7 @@ class Share(TransformPass):
     def apply(self, graph: ModelGraph, site: Site, ctx: Context) -> None:
         if ctx.structure is None:
             raise Refused("its source is found by the structure, which the context lacks", site=site.id)
-        for mine, theirs in self._pairs(graph, site, self._source(site, ctx.structure)):
+        for mine, theirs in self.pairs(graph, site, self._source(site, ctx.structure)):
             if self.mean:
                 self._average(graph, mine, theirs, site)
                 continue
@@ -106,15 +107,14 @@ class Share(TransformPass):
             if found is None or found.kind != site.kind or found.entry != site.entry or found.id == site.id:
                 raise Refused(f"{self.source!r} is no other {site.kind} of this model", site=site.id)
             return found
-        sort = _sort(site)
-        peers = [s for s in structure.sites.values() if s.kind == site.kind and _sort(s) == sort]
-        at = peers.index(site) + self.source
-        if not 0 <= at < len(peers):
+        alike = peers(site, structure)
+        at = alike.index(site) + self.source
+        if not 0 <= at < len(alike):
             where = "before" if self.source < 0 else "after"
             raise Refused(f"there is no {site.kind} {abs(self.source)} {where} it to share with", site=site.id)
-        return peers[at]
+        return alike[at]
 
-    def _pairs(self, graph: ModelGraph, site: Site, source: Site) -> list[tuple[Read, Read]]:
+    def pairs(self, graph: ModelGraph, site: Site, source: Site) -> list[tuple[Read, Read]]:
         """What the site reads, each with what the source reads in its place; only what is to be shared."""
         mine, theirs = stored_reads(graph, site), stored_reads(graph, source)
         if [(r.call.target, len(r.names)) for r in mine] != [(r.call.target, len(r.names)) for r in theirs]:
@@ -131,10 +131,10 @@ class Share(TransformPass):
         stored = [(a.names[0], graph.tensors[a.names[0]]) for a, _ in pairs if a.multiplies]
         if self.rank and (packed := next((n for n, key in stored if not graph.store.dtype(key).is_floating_point), None)):
             raise Refused(f"{packed} is packed, and codes have no residual of low rank: share first, quantize then", site=site.id)
-        self._private(graph, site, [own for own, _ in pairs])
+        self.require_private(graph, site, [own for own, _ in pairs])
         return pairs
 
-    def _private(self, graph: ModelGraph, site: Site, reads: list[Read]) -> None:
+    def require_private(self, graph: ModelGraph, site: Site, reads: list[Read]) -> None:
         """Refuse where the change would reach past the site, or part what reads one tensor."""
         inside = {read.call for read in stored_reads(graph, site)}
         consumers, tied = consumers_of(graph), defaultdict[str, list[str]](list)
@@ -163,17 +163,14 @@ class Share(TransformPass):
         own, other = (graph.tensor(read.names[0]) for read in (mine, theirs))
         u, s, vh = torch.linalg.svd(own.double() - other.double(), full_matrices=False)
         rank = min(self.rank, len(s))
-        call = mine.call
-        with graph.graph.inserting_after(call):
-            total = graph.graph.call_function(aten.add.Tensor, (call, call))
-        call.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-        with graph.graph.inserting_before(total):
-            down = graph.get_attr(graph.fresh_name(f"{mine.names[0]}_down"), vh[:rank].to(own.dtype).contiguous())
-            up = graph.get_attr(graph.fresh_name(f"{mine.names[0]}_up"), (u[:, :rank] * s[:rank]).to(own.dtype).contiguous())
-            inner = graph.graph.call_function(aten.linear.default, (call.args[0], down))
-            total.args = (call, graph.graph.call_function(aten.linear.default, (inner, up)))
-        for node in (total, inner, total.args[1]):
-            node.meta["path"] = site.path  # type: ignore[union-attr]
+        sites = residual_sites(site, mine.call, mine.names[0], (len(own), own.shape[1]), rank)
+        add_residual(graph, mine.call, sites, vh[:rank].to(own.dtype), (u[:, :rank] * s[:rank]).to(own.dtype))
+
+
+def peers(site: Site, structure: Structure) -> list[Site]:
+    """The sites of this sort in one stack, in order, itself among them."""
+    sort = _sort(site)
+    return [s for s in structure.sites.values() if s.kind == site.kind and _sort(s) == sort]
 
 
 def _sort(site: Site) -> str:
