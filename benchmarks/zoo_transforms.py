@@ -23,7 +23,7 @@ from lwcompile.structure import Structure
 from lwcompile.trials import context
 
 SIZES = ("window{size=4,sinks=1}", "linear{window=4,steps=1,tokens=64}", "linear_relu{taps=3,steps=1,tokens=64}",
-         "quantize{bits=4,group_size=16,solver=rtn}", "prune_mlp{multiple=4}")  # fmt: skip
+         "quantize{bits=4,group_size=16,solver=rtn}", "prune_mlp{multiple=4}", "loop{loops=3,first=0,last=0}")  # fmt: skip
 """Options of transforms whose defaults are for models of another size; all others are tried at their defaults."""
 
 PLANS = 6

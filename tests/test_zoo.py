@@ -26,7 +26,7 @@ SAMPLE = {"Llama": 3, "MPT": 3, "BERT": 3, "DINOv2": 3, "CLIP": 6, "T5": 4}
 
 TRANSFORMED = {
     "Llama": {"linear_relu": "its attention is causal, and a sum over all positions reads later ones; use linear"},
-    "DINOv2": {"linear": "only causal attention has a state to carry"},
+    "DINOv2": {"linear": "only causal attention has a state to carry", "latent": "it is no causal attention of one operator"},
 }
 """Members that every transform is tried at, and the reasons that are known of those that are refused."""
 
