@@ -23,7 +23,7 @@ from lwcompile.program import Program
 from lwcompile.structure import find_structure
 from lwcompile.tracing import capture_module
 
-NAMES = ["gpt2", "qwen3", "gpt_neox", "vit", "t5"]
+NAMES = ["gpt2", "qwen3", "gpt_neox", "vit", "t5", "whisper"]
 
 
 @cache
