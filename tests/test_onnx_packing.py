@@ -217,3 +217,30 @@ def test_a_quantized_language_model_is_smaller_by_what_was_priced(tmp_path: Path
     sizes = {name: (tmp_path / f"{name}.onnx").stat().st_size for name in ("dense", "packed")}
     slack = 1100 * len(made)
     assert saved - slack <= sizes["dense"] - sizes["packed"] <= saved
+
+
+# --- joined products
+
+
+class _Heads(nn.Module):
+    """Three linears of one input; with `twice`, the last one reads another input too."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.twice = nn.Linear(48, 24), nn.Linear(48, 8), nn.Linear(48, 10), twice
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.q(x).sum(-1, keepdim=True) + self.k(x).amax(-1, keepdim=True) * self.v(x)
+        return y, self.v(x.exp()) if self.twice else y * 2
+
+
+@pytest.mark.parametrize("zero_point", ("none", "integer", "float"))
+@pytest.mark.parametrize(("twice", "products"), ((False, 1), (True, 4)))
+def test_products_of_one_input_are_one_unless_a_weight_is_read_elsewhere(zero_point, twice: bool, products: int, tmp_path: Path):
+    torch.manual_seed(0)
+    graph, _ = capture_module(_Heads(twice), {"x": torch.randn(2, 3, 48)}, {"x": {0: "batch", 1: "sequence"}})
+    made = pack(graph, NumericFormat(3, 16, zero_point))
+    model = lower(graph, tmp_path / "model.onnx")  # checks the values
+    assert sum(n.op_type == "MatMulNBits" for n in model.graph.node) == products
+    price = sum(Onnx().price(StoredTensor(q.shape, q.format)) for q in made.values())
+    assert initializer_bytes(model, (".codes", ".scale", ".zero", ".high")) == price

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from lwcompile.backends.onnx.builder import Builder, Size, onnx_dtype
+from lwcompile.backends.onnx.joins import Joins
 from lwcompile.backends.onnx.quantized import Quantized
 from lwcompile.errors import LwError, Refused
 from lwcompile.extents import Dim, Extents, Free, extents
@@ -66,6 +67,7 @@ class Lowering:
         self.b = Builder()
         self.extents: Extents = extents(graph)
         self.quantized = Quantized(self.b, graph, accuracy_level)
+        self.joins = Joins(graph)
         self.values: dict[fx.Node, Any] = {}
         self.inputs: list[ir.Value] = []
         self._initializers: dict[tuple[str, bool], str] = {}

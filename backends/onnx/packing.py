@@ -59,6 +59,11 @@ class Storage:
         return cls(format, math.prod(shape[:-1]), shape[-1])
 
     @property
+    def form(self) -> tuple[NumericFormat, int]:
+        """What two weights must share for their rows to be stored as one weight's."""
+        return self.format, self.in_features
+
+    @property
     def bits(self) -> int:
         """Bits per code on file."""
         return stored_bits(self.format.bits)

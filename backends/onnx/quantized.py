@@ -12,8 +12,8 @@ Source: com.microsoft contrib operators of onnxruntime; `packing` for the layout
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import onnx_ir as ir
@@ -42,12 +42,12 @@ UINT8, FLOAT, INT64 = ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.INT64
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """One `dequantize` call: the names of its tensors, and their layout."""
+    """One `dequantize` call, or several whose rows are joined: the names of their tensors, and the layout of the whole."""
 
     storage: Storage
-    codes: str
-    scale: str
-    zero: str | None
+    codes: tuple[str, ...]
+    scale: tuple[str, ...]
+    zero: tuple[str, ...] | None
 
     @property
     def format(self) -> NumericFormat:
@@ -57,7 +57,18 @@ class QuantizedWeight:
 def quantized_weight(graph: ModelGraph, node: fx.Node) -> QuantizedWeight | None:
     """What a `dequantize` call reads; None for any other node, and if it does not read stored tensors."""
     found = packed_weight(graph, node)
-    return None if found is None else QuantizedWeight(Storage.of(found.format, found.shape), found.codes, found.scale, found.zero)
+    if found is None:
+        return None
+    zero = None if found.zero is None else (found.zero,)
+    return QuantizedWeight(Storage.of(found.format, found.shape), (found.codes,), (found.scale,), zero)
+
+
+def joined_weight(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """The rows of weights in one form, one below the other."""
+    storage = replace(weights[0].storage, rows=sum(w.storage.rows for w in weights))
+    codes, scale = (tuple(name for w in weights for name in getattr(w, part)) for part in ("codes", "scale"))
+    zero = None if weights[0].zero is None else tuple(name for w in weights for name in w.zero or ())
+    return QuantizedWeight(storage, codes, scale, zero)
 
 
 class Quantized:
@@ -65,7 +76,7 @@ class Quantized:
 
     def __init__(self, builder: Builder, graph: ModelGraph, accuracy_level: int) -> None:
         self.b, self.graph, self.accuracy_level = builder, graph, accuracy_level
-        self._bound: dict[tuple[str, Storage], str] = {}
+        self._bound: dict[tuple[tuple[str, ...], Storage | None], str] = {}
 
     # --- operators
 
@@ -191,7 +202,7 @@ class Quantized:
 
     def _stored(
         self,
-        name: str,
+        names: tuple[str, ...],
         s: Storage,
         count: int,
         width: int,
@@ -199,25 +210,29 @@ class Quantized:
         convert: Callable[[Tensor, Storage], list[Tensor]],
     ) -> list[ir.Value]:
         """Initializers of stored bytes, once per entry of the program's store and layout; in their natural shape if they fill it."""
-        key, store = self.graph.tensors[name], self.graph.store
-        bound = self._bound.setdefault((key, s), name if name not in self.b.initializers else self.b.fresh(name))
+        keys, name = self._keys(names), _joined_name(names)
+        bound = self._bound.setdefault((keys, s), name if name not in self.b.initializers else self.b.fresh(name))
         shapes = plane_shapes(count, s.bits, width)
         if shapes == [(math.prod(natural),)]:
             shapes = [natural]
         return [
-            self.b.stored(bound + suffix, lambda i=i, shape=shape: convert(store[key], s)[i].reshape(shape), shape, torch.uint8)
+            self.b.stored(
+                bound + suffix, lambda i=i, shape=shape: convert(self._read(keys), s)[i].reshape(shape), shape, torch.uint8
+            )
             for i, (suffix, shape) in enumerate(zip(("", ".high"), shapes))
         ]
 
-    def _float(self, name: str) -> ir.Value:
-        key = self.graph.tensors[name]
-        bound = self._bound.setdefault((key, None), name)  # type: ignore[arg-type]
-        store = self.graph.store
+    def _float(self, names: tuple[str, ...]) -> ir.Value:
+        keys, store = self._keys(names), self.graph.store
+        bound = self._bound.setdefault((keys, None), _joined_name(names))
+        shape = (sum(store.shape(key)[0] for key in keys), *store.shape(keys[0])[1:])
+        return self.b.stored(bound, lambda: self._read(keys), shape, store.dtype(keys[0]))
 
-        def read() -> Tensor:
-            return store[key]
+    def _keys(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(self.graph.tensors[name] for name in names)
 
-        return self.b.stored(bound, read, store.shape(key), store.dtype(key))
+    def _read(self, keys: tuple[str, ...]) -> Tensor:
+        return self.graph.store[keys[0]] if len(keys) == 1 else torch.cat([self.graph.store[key] for key in keys])
 
     def _widened(self, stored: list[ir.Value], bits: int, stored_width: int, width: int, shape: tuple[int, ...]) -> ir.Value:
         """Stored bytes -> a tensor of this shape with codes of `width` bits."""
@@ -256,3 +271,9 @@ class Quantized:
         if s.groups * s.repeats == s.blocks:
             return flat
         return b.op("Slice", flat, b.ints([0]), b.ints([s.blocks]), b.ints([1]))
+
+
+def _joined_name(names: tuple[str, ...]) -> str:
+    """The first name, with how many more there are before its last part, which says what the bytes are."""
+    first, dot, part = names[0].rpartition(".")
+    return names[0] if len(names) == 1 else f"{first}+{len(names) - 1}{dot}{part}"

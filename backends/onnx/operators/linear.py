@@ -29,6 +29,8 @@ def linear(g: Lowering, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Nod
     source, offset = g.value(x), None if bias is None else g.value(bias)
     packed = quantized_weight(g.graph, weight)
     if packed is not None:
+        if (joined := _joined(g, node, source)) is not None:
+            return joined
         value = g.quantized.linear(packed, source, offset, g.rank(x))
         if value is not None:
             return value
@@ -36,6 +38,22 @@ def linear(g: Lowering, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Nod
     matrix = g.transposed(weight) if stored else g.b.op("Transpose", g.value(weight), perm=[1, 0])
     value = g.b.op("MatMul", source, matrix)
     return value if offset is None else g.b.op("Add", value, offset)
+
+
+def _joined(g: Lowering, node: fx.Node, source: ir.Value) -> ir.Value | None:
+    """The product computed with others of the same input, which are noted as done; None where it stands alone."""
+    if (found := g.joins.group(node)) is None:
+        return None
+    members, weight = found
+    biases = [g.value(m.args[2]) for m in members if len(m.args) > 2 and m.args[2] is not None]
+    bias = g.b.op("Concat", *biases, axis=0) if biases else None
+    whole = g.quantized.linear(weight, source, bias, g.rank(node.args[0]))
+    if whole is None:
+        return None
+    rows = g.b.ints([int(g.dims(m)[-1]) for m in members])  # type: ignore[arg-type]
+    parts = g.b.ops("Split", whole, rows, outputs=len(members), axis=-1)
+    g.values |= {m: g._typed(m, part) for m, part in zip(members, parts)}
+    return g.values[node]
 
 
 @lowers("matmul", "mm", "bmm", "mv", "dot")

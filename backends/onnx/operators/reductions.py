@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import fx
 
-from lwcompile.backends.onnx.lowering import Lowering, lowers
+from lwcompile.backends.onnx.builder import MICROSOFT
+from lwcompile.backends.onnx.lowering import Lowering, fuses, lowers
 from lwcompile.errors import Refused
 
 INT64, BOOL, INT32, FLOAT = ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.FLOAT
@@ -120,6 +122,25 @@ def rms_norm(
     """One kernel on CPU since opset 23. torch's default epsilon is the dtype's."""
     scale = weight if weight is not None else g.b.constant(_ones(shape), g.kind(node))
     return g.b.op("RMSNormalization", x, scale, axis=-len(shape), epsilon=1.1920929e-07 if eps is None else eps)
+
+
+@fuses("rms_norm")
+def skip_rms_norm(g: Lowering, node: fx.Node) -> ir.Value | None:
+    """rms_norm(a + b), and the sum itself, which the residual stream goes on with, by one kernel."""
+    x, shape, weight, eps = (*node.args, None, None)[:4]
+    if not isinstance(x, fx.Node) or x.target is not torch.ops.aten.add.Tensor or x.kwargs or weight is None or len(shape) != 1:  # type: ignore[arg-type]
+        return None
+    a, b = x.args
+    same = all(isinstance(n, fx.Node) and g.dims(n) == g.dims(x) and g.dtype(n) == torch.float32 for n in (a, b))
+    if not same or g.rank(x) not in (2, 3) or g.dtype(weight) != torch.float32:
+        return None
+    epsilon = 1.1920929e-07 if eps is None else eps
+    y, mean, spread, total = g.b.ops(
+        "SkipSimplifiedLayerNormalization", g.value(a), g.value(b), g.value(weight), outputs=4, domain=MICROSOFT, epsilon=epsilon
+    )
+    mean.name = spread.name = ""  # the kernel gives neither
+    g.values[x] = total
+    return y
 
 
 @lowers("layer_norm", "native_layer_norm")
