@@ -85,7 +85,11 @@ def speed(
 
 
 class OnnxStep:
-    """A `DecodeStep` (see `lwcompile.generate`) over a file; its cache is the list of past keys and values."""
+    """A `DecodeStep` (see `lwcompile.generate`) over a file; its cache is the runtime's own list of past keys and values.
+
+    What one step puts out is the next one's input as it lies in memory. Binding inputs and outputs one by one instead was tried: its
+    calls cost as much as they save.
+    """
 
     def __init__(self, session: ort.InferenceSession) -> None:
         self.session = session
@@ -99,14 +103,22 @@ class OnnxStep:
         if len(rest) != 1:
             raise Refused(f"generation does not know how to fill the inputs {', '.join(rest)}")
         self.tokens = rest[0]
+        logits, *others = [o.name for o in session.get_outputs()]
+        self.outputs = [logits, *others[len(others) - len(self.pasts) :]]
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         if self.padding is None and not attention_mask.all():
             raise BadInput("this model has no attention mask, so it cannot take padded prompts; generate one at a time")
-        feed = {self.tokens: input_ids.numpy(), self.padding: attention_mask.numpy(), self.positions: position_ids.numpy()}
-        feed |= zip((i.name for i in self.pasts), cache or [_empty(i, len(input_ids)).numpy() for i in self.pasts])
-        outputs = self.session.run(None, {name: value for name, value in feed.items() if name is not None})
-        return torch.from_numpy(np.asarray(outputs[0])[:, -1]).float(), outputs[len(outputs) - len(self.pasts) :]
+        given = {self.tokens: input_ids, self.padding: attention_mask, self.positions: position_ids}
+        feed = {name: _shared(value) for name, value in given.items() if name is not None}
+        feed |= zip((i.name for i in self.pasts), cache or [_shared(_empty(i, len(input_ids))) for i in self.pasts])
+        logits, *presents = self.session.run_with_ort_values(self.outputs, feed)
+        return torch.from_numpy(logits.numpy())[:, -1].float(), presents
+
+
+def _shared(value: Tensor) -> ort.OrtValue:
+    """A tensor as the runtime's own value; its memory is shared."""
+    return ort.OrtValue.ortvalue_from_numpy(value.contiguous().numpy())
 
 
 def _empty(item: Any, batch: int) -> Tensor:
