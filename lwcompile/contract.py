@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -357,12 +358,37 @@ class Backend(Pass):
         """The nodes that it would run as one kernel each; empty for a backend that leaves this to its runtime."""
         return []
 
+    def executors(self, graph: ModelGraph) -> dict[str, str]:
+        """Node -> who runs it, in words, for every call of the graph; empty for a backend whose files are not run by it."""
+        return {}
+
     def lower(self, program: Program, path: Path, ctx: Context) -> Parity:
         """Write the files, `path` the main one; run them; return the parity. A failure leaves no file."""
         raise NotImplementedError
 
 
 # --- code in this process
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a codegen made of a graph.
+
+    Attributes:
+        call: from the tensors and then the inputs, in the graph's order, to its outputs, in order.
+        tensors: what it takes before the inputs.
+        save: writes it to a file for `Codegen.load`; None for code that lives in this process alone.
+    """
+
+    call: Callable[[Sequence[Tensor]], Sequence[Any]]
+    tensors: tuple[Tensor, ...] = ()
+    save: Callable[[Path], None] | None = None
+
+    def bound(self) -> Callable[[Sequence[Tensor]], Sequence[Any]]:
+        """The call from inputs alone."""
+        if not self.tensors:
+            return self.call
+        return lambda values: self.call([*self.tensors, *values])
 
 
 @dataclass(frozen=True)
@@ -383,12 +409,30 @@ class Codegen(Pass):
         """Why this graph cannot be taken, one sentence a reason; empty if it can."""
         return []
 
-    def compile(
-        self, graph: ModelGraph, examples: Sequence[Tensor], writes: Mapping[str, str]
-    ) -> Callable[[Sequence[Tensor]], Sequence[Any]]:
-        """A function from the inputs, in the graph's order, to its outputs, in order.
+    def executors(self, graph: ModelGraph) -> dict[str, str]:
+        """Node -> who runs it, in words, for every call of the graph."""
+        return {node.name: self.name for node in graph.graph.nodes if node.op == "call_function"}
+
+    def compile(self, graph: ModelGraph, examples: Sequence[Tensor], writes: Mapping[str, str]) -> Code:
+        """The graph's code.
 
         examples: one tensor an input, fake or real, whose sizes hold symbols where they may change.
         writes: output -> the input whose memory takes that output's value, beside its being returned.
         """
         raise NotImplementedError
+
+    def load(self, path: Path) -> Callable[[Sequence[Tensor]], Sequence[Any]]:
+        """The `call` of code that was saved."""
+        raise NotImplementedError
+
+
+def who_runs(graph: ModelGraph, executors: Mapping[str, str]) -> list[str]:
+    """`210 linear: the linear algebra library`, a line for each executor and operator, in the graph's order."""
+    counts = Counter((_operator(n.target), executors[n.name]) for n in graph.graph.nodes if n.name in executors)
+    return [f"{count} {operator}: {who}" for (operator, who), count in counts.items()]
+
+
+def _operator(target: object) -> str:
+    """`aten.linear`, without the overload; a Python function by its name."""
+    name = getattr(target, "overloadpacket", None)
+    return str(name) if name is not None else getattr(target, "__name__", str(target))

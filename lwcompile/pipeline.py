@@ -21,7 +21,7 @@ from lwcompile import ranks
 from lwcompile.artifact import load, model_files, write_artifact
 from lwcompile.budget import Budget
 from lwcompile.context import Progress, SilentProgress
-from lwcompile.contract import Backend
+from lwcompile.contract import Backend, who_runs
 from lwcompile.errors import BadInput, InfeasibleBudget, Refused
 from lwcompile.folder import ProgramFolder
 from lwcompile.plans import Plan
@@ -265,6 +265,9 @@ def export(program: Program, path: str | Path, *, progress: Progress | None = No
     lowered = with_decode(result.program, run)
     with run._timed("lowering"):
         parity = run.backend.lower(lowered, path, run.context)
+    for entry, graph in lowered.entries.items():
+        if who := run.backend.executors(graph):
+            run.context.note(run.backend.name, entry, f"runs {'; '.join(who_runs(graph, who))}")
     report = result.report
     report.data["parity"] = dataclasses.asdict(parity)
     report.data["bytes"] |= {"file": folder_bytes(path)}

@@ -23,7 +23,7 @@ from lwcompile.structure import find_structure
 pytest.importorskip("transformers", reason="the models are transformers' own: install lwcompile[hf]")
 from tiny import ids, llama, llama_program
 
-from lwcompile.backends.dynamo import backend
+from lwcompile.backends.dynamo import backend, kept
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 EAGER = {"codegen": "eager"}
@@ -73,26 +73,46 @@ def logits(model: Any, x: Tensor, **more: Any) -> Tensor:
 
 
 class Small(nn.Module):
-    """Products, a norm, and a write into an input."""
+    """Products, one of them the other way round, a norm, a weight that is computed, and a write into an input."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
+        torch.manual_seed(seed)
         self.up, self.norm, self.down = nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 16)
+        self.turned, self.gain = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16))
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        x = self.down(self.norm(torch.relu(self.up(x))))
+        x = self.down(self.norm(torch.relu(self.up(x)))) * (1 + self.gain) @ self.turned
         seen += x
         return x * 2
 
 
 @needs_compiler
-def test_inductor_computes_the_module(graphs):
-    torch.manual_seed(0)
-    model, x, mine, theirs = Small(), torch.randn(3, 16), torch.ones(3, 16), torch.ones(3, 16)
+def test_inductor_computes_the_module_and_its_code_is_kept(graphs):
+    """What was compiled once is found again, by whoever has the same graph and weights, in a process that never saw it."""
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    for seed, known in ((0, False), (0, True), (1, False)):
+        torch._dynamo.reset()
+        kept._loaded.clear()
+        model, mine, theirs = Small(seed), torch.ones(3, 16), torch.ones(3, 16)
+        with torch.no_grad():
+            made, wanted = torch.compile(model, backend="layerwise")(x, mine), model(x, theirs)
+        assert relative_error(wanted, made) < 1e-5 and relative_error(theirs, mine) < 1e-5
+        assert graphs[-1].was_kept is known and len(graphs[-1].frozen) == 8
     with torch.no_grad():
-        made, wanted = torch.compile(model, backend="layerwise")(x, mine), model(x, theirs)
-    assert relative_error(wanted, made) < 1e-5 and relative_error(theirs, mine) < 1e-5
-    assert len(graphs) == 1 and len(graphs[0].frozen) == 6
+        model.gain.add_(1)
+        assert relative_error(model(x, theirs), torch.compile(model, backend="layerwise")(x, mine)) < 1e-5
+
+
+def test_what_a_key_cannot_say_is_not_kept(graphs, monkeypatch):
+    """Free sizes, whose guards would be lost."""
+    keys = []
+    inner = kept.key
+    monkeypatch.setattr(kept, "key", lambda *given: keys.append(inner(*given)) or keys[-1])
+    c = torch.compile(Small(), backend="layerwise", dynamic=True, options=EAGER)
+    with torch.no_grad():
+        c(torch.randn(3, 16), torch.ones(3, 16))
+    assert keys == [None] and not graphs[0].was_kept
 
 
 def test_the_backend_is_found_by_name_alone():

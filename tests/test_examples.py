@@ -22,6 +22,13 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "edit_a_plan.py": ("block1.mlp: drop", "as planned:", "as edited:", "refused: plan.yaml:", "is not offered quantize{bits=7"),
     "torch_compile.py": ("exact:", "under a plan:", "from the compressed program", "after a weight has changed:"),
+    "own_operator.py": (
+        "opcheck: clean",
+        "level quantized:",
+        "saved and loaded: 0",
+        "compiled:",
+        "acme.signs: nobody: computed once, when compiled",
+    ),
     "own_pass.py": (
         "annotations: 13 in all",
         "the sharpest weight is",

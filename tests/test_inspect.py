@@ -12,11 +12,16 @@ from tiny import llama_program, pair
 from torch import Tensor, nn
 
 from lwcompile import cli, pipeline
+from lwcompile.apply import apply_plan
+from lwcompile.context import Context
 from lwcompile.html.diagram import draw
 from lwcompile.inspect import Part, collapse, look, tree
 from lwcompile.program import Program
+from lwcompile.registry import make
+from lwcompile.spec import Spec
 from lwcompile.store import ParameterStore
 from lwcompile.strip import format_count
+from lwcompile.structure import find_structure
 from lwcompile.tracing import capture_module
 
 
@@ -188,6 +193,32 @@ def test_inspect_prints_draws_and_says_json(monkeypatch, capsys, tmp_path):
     blocked.write_text("")
     assert cli.run(["inspect", "m", "--html", str(blocked / "m.html")]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_inspect_says_who_runs_every_call(monkeypatch, capsys):
+    """Every backend that runs what it writes and every codegen answers for every call, and the answers differ."""
+    program = llama_program(layers=1)
+    graph = program.main
+    structure = find_structure(program)
+    choices = {"block0.mlp.down_proj": (Spec.parse("quantize{bits=4,group_size=16,solver=rtn}"),)}
+    small = apply_plan(program, choices, structure, Context(structure=structure, program=program))
+    monkeypatch.setattr(pipeline, "capture", lambda source: small)
+    assert cli.run(["inspect", "m", "--executors", "--json", "--full"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    calls = {n.name for n in small.main.graph.nodes if n.op == "call_function"}
+    by = {name: {r["operator"]: r["who"] for r in rows if r["by"] == name} for name in {r["by"] for r in rows}}
+    assert all(set(who) == calls for who in by.values()) and {"triton", "inductor", "eager", "mlir"} <= by.keys(), by
+    packed = next(n.name for n in small.main.graph.nodes if "dequantize" in str(n.target))
+    assert all("nobody" in by[name][packed] for name in ("triton", "inductor", "eager"))
+    down = next(iter(small.main.node(packed).users)).name
+    assert by["triton"][down].startswith("Triton: linear") and "library" in by["inductor"][down]
+    if "onnx" in by:
+        assert "MatMulNBits" in by["onnx"][down]
+    assert cli.run(["inspect", "m", "--executors"]) == 0
+    assert re.search(r"eager\s+forward\s+1 lwcompile.dequantize\s+nobody", capsys.readouterr().out)
+    assert make("codegens", "eager").executors(graph) == {
+        n.name: "torch, one by one" for n in graph.nodes if n.op == "call_function"
+    }
 
 
 @pytest.mark.parametrize(("n", "text"), [(12, "12"), (9248, "9,248"), (134_515_008, "134.5 M"), (7_000_000_000, "7 B")])

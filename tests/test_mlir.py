@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import language_models
 import pytest
 import tiny
 import torch
@@ -17,6 +16,7 @@ from lwcompile.backends.mlir import backend as backend_module
 from lwcompile.backends.mlir import child
 from lwcompile.backends.mlir.backend import Mlir
 from lwcompile.backends.mlir.plain import plain
+from lwcompile.cli.make import with_target
 from lwcompile.context import Context
 from lwcompile.contract import StoredTensor
 from lwcompile.decode import derive_decode
@@ -196,13 +196,28 @@ def test_the_command_line_writes_a_packed_module_whose_bytes_are_as_priced(tmp_p
         "budget: {avg_bits: 16}\n"
         "calibration: {dataset: random, samples: 4, seqlen: 8}\nevaluation: {dataset: random, samples: 4, seqlen: 8}\n"
     )
-    line = ["export", "out/model.mlir", "--model", "dense", "--recipe", "recipe.yaml", "--run-dir", "run", "--json"]
+    line = [
+        "export",
+        "out/model.mlir",
+        "--target",
+        "iree",
+        "--model",
+        "dense",
+        "--recipe",
+        "recipe.yaml",
+        "--run-dir",
+        "run",
+        "--json",
+    ]
     assert cli.run(line) == 0, capsys.readouterr().err
     said = json.loads(capsys.readouterr().out)
     assert said["parity"]["errors"] and max(said["parity"]["errors"].values()) < TOLERANCE
     assert (tmp_path / "out" / "model.mlir").read_bytes().startswith(b"ML\xefR")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["backend"] == "mlir" and {"model.mlir", "model.mlir.json"} <= manifest["files"].keys()
+    assert manifest["backend"] == "mlir" and {"model.mlir", "model.mlir.json", "model.vmfb"} <= manifest["files"].keys()
+    assert Mlir().run(tmp_path / "out" / "model.vmfb", {"input_ids": tiny.ids(2, 5)})["logits"].shape == (2, 5, tiny.VOCABULARY)
+    remarks = json.loads(next((tmp_path / "run").rglob("report.json")).read_text())["remarks"]
+    assert any("linear: IREE, of linalg by torch-mlir" in r["text"] and r["kind"] == "note" for r in remarks)
     assert str(tmp_path).encode() not in (tmp_path / "out" / "model.mlir").read_bytes()
     assert b"/lwcompile/" not in (tmp_path / "out" / "model.mlir").read_bytes()
 
@@ -285,11 +300,7 @@ def test_words_that_do_not_fit_are_refused(tmp_path: Path):
         make("backends", "mlir{target=cuda}")
     with pytest.raises(BadPlan, match="seconds"):
         make("backends", "mlir{seconds=0}")
-    with pytest.raises(BadInput, match=r"name it model\.vmfb"):
-        Mlir(target="iree").lower(language_models_program(), tmp_path / "model.mlir", None)
+    with pytest.raises(BadInput, match="the backend onnx has no targets"):
+        with_target(tmp_path / "model.onnx", None, "iree")
     with pytest.raises(Refused, match="not to run"):
         Mlir().run(tmp_path / "model.mlir", {})
-
-
-def language_models_program() -> Program:
-    return program(language_models.captured("llama"))

@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lwcompile.backends.dynamo import kept
 from lwcompile.backends.dynamo.capture import Captured, capture
 from lwcompile.backends.dynamo.options import Options
 from lwcompile.backends.dynamo.plan import apply
 from lwcompile.backends.inductor.codegen import missing_compiler
 from lwcompile.context import Context
-from lwcompile.contract import Codegen, TransformPass
+from lwcompile.contract import Codegen, TransformPass, who_runs
 from lwcompile.errors import BadInput, BadPlan, LwError, Refused, VerificationError
 from lwcompile.graph import ModelGraph
 from lwcompile.manager import EXACT_TOLERANCE, Manager, relative_error
@@ -97,10 +98,20 @@ class Compiled:
     """The code of one graph, for dynamo to call with its arguments."""
 
     def __init__(self, module: fx.GraphModule, arguments: Sequence[Any], chosen: Options) -> None:
-        self.module = copy.deepcopy(module)  # editing dynamo's own breaks its calls
+        self.module = module
         self.lossy = chosen.plan is not None
+        key = kept.key(module, arguments, chosen.codegen) if chosen.plan is None and chosen.recipe is None else None
+        entry = kept.find(key, arguments) if key is not None else None
+        self.was_kept = entry is not None
+        entry = entry or self._made(arguments, chosen, key)
+        self.run, self.inputs, self.results = entry.run, entry.inputs, entry.results
+        self.frozen = [(i, arguments[i], arguments[i]._version, arguments[i].data_ptr()) for i in entry.frozen]
+        self.numbers = list(entry.numbers.items())
+        self.unfrozen: Callable[..., Any] | None = None
+
+    def _made(self, arguments: Sequence[Any], chosen: Options, key: str | None) -> kept.Entry:
         try:
-            captured = capture(module, arguments)
+            captured = capture(self.module, arguments)
         except LwError:
             raise
         except Exception as error:
@@ -108,11 +119,11 @@ class Compiled:
         _compare(self.module, arguments, captured)
         graph = _rewritten(captured, chosen)
         codegen = _codegen(chosen.codegen, graph)
-        self.run = codegen.compile(graph, captured.examples, captured.writes)
-        self.inputs, self.results = captured.inputs, captured.results
-        self.frozen = [(i, arguments[i], arguments[i]._version, arguments[i].data_ptr()) for i in captured.frozen]
-        self.numbers = list(captured.numbers.items())
-        self.unfrozen: Callable[..., Any] | None = None
+        code = codegen.compile(graph, captured.examples, captured.writes)
+        _say_who_runs(graph, codegen)
+        if key is not None:
+            kept.keep(key, captured, codegen, code)
+        return kept.Entry(code.bound(), sorted(captured.frozen), captured.numbers, captured.inputs, captured.results)
 
     def __call__(self, *arguments: Any) -> Any:
         if self.unfrozen is None:
@@ -139,7 +150,7 @@ class Compiled:
             "call torch._dynamo.reset() to have the new ones compiled in"
         )
         self.frozen, self.numbers = [], []
-        self.unfrozen = torch.compile(self.module, backend=_plain())
+        self.unfrozen = torch.compile(copy.deepcopy(self.module), backend=_plain())
 
 
 def _compare(module: fx.GraphModule, arguments: Sequence[Any], captured: Captured) -> None:
@@ -186,6 +197,13 @@ def _rewritten(captured: Captured, chosen: Options) -> ModelGraph:
             if remark.kind == "refused":
                 _warn(f"{remark.by} at {remark.site} was refused: {remark.text}")
     return program.main
+
+
+def _say_who_runs(graph: ModelGraph, codegen: Codegen) -> None:
+    """Log, once a graph, how many calls of each operator are whose. Nothing is computed for it unless somebody listens."""
+    if log.isEnabledFor(logging.INFO):
+        for line in who_runs(graph, codegen.executors(graph)):
+            log.info("torch.compile, %s: %s", codegen.name, line)
 
 
 def _codegen(name: str, graph: ModelGraph) -> Codegen:

@@ -67,11 +67,7 @@ def capture(module: fx.GraphModule, arguments: Sequence[Any]) -> Captured:
     with tracing(TracingContext(context.fake_mode if context is not None else None)):
         traced, signature = aot_export_module(given, fakes, trace_joint=False, pre_dispatch=True)
     writes = {output: _position(traced, target) for output, target in signature.user_inputs_to_mutate.items()}
-    frozen = {
-        i: value
-        for i, (node, value) in enumerate(zip(placeholders, arguments))
-        if isinstance(value, Tensor) and _is_stored(node, value) and i not in writes.values()
-    }
+    frozen = {i: value for i, value in stored_arguments(module, arguments).items() if i not in writes.values()}
     made = _Builder(traced, placeholders, fakes, frozen).run(writes)  # type: ignore[arg-type]
     shared = _sharing(made.graph)
     canonicalize(made.graph)
@@ -109,13 +105,21 @@ def _position(traced: Any, name: str) -> int:
     return next(i for i, node in enumerate(traced.graph.find_nodes(op="placeholder")) if node.name == name)
 
 
+def stored_arguments(module: fx.GraphModule, arguments: Sequence[Any]) -> dict[int, Tensor]:
+    """Position -> parameter or buffer, among the arguments of dynamo's graph."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    pairs = enumerate(zip(placeholders, arguments))
+    return {i: value for i, (node, value) in pairs if isinstance(value, Tensor) and _is_stored(node, value)}
+
+
 def _is_stored(node: fx.Node, value: Tensor) -> bool:
     """Parameters and buffers of modules, as long as a write into them can be noticed afterwards."""
-    source = _source(node)
+    source = source_of(node)
     return not value.is_inference() and (isinstance(value, torch.nn.Parameter) or "._buffers[" in source)
 
 
-def _source(node: fx.Node) -> str:
+def source_of(node: fx.Node) -> str:
+    """Where dynamo took an argument from, as Python."""
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
     return name() if callable(name) else str(name)  # type: ignore
@@ -123,7 +127,7 @@ def _source(node: fx.Node) -> str:
 
 def _name(node: fx.Node) -> str:
     """`L['self']._modules['layers']._modules['0']._parameters['weight']` -> `layers.0.weight`; `L['ids']` -> `ids`."""
-    source = _source(node)
+    source = source_of(node)
     words = re.findall(r"\['?([^\[\]']+)'?\]|\.([A-Za-z]\w*)", source)
     path = [a or b for a, b in words]
     stored = "._parameters[" in source or "._buffers[" in source

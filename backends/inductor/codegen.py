@@ -1,4 +1,4 @@
-"""Inductor over a graph whose weights are constants: it packs them for the processor's products once, when it compiles.
+"""Inductor over a graph whose weights are the code's first inputs: what it compiles can be kept in a file and used again.
 
 Packed codes are turned into dense weights when the graph is compiled, so that a quantized graph runs at the dense one's speed,
 and takes its memory.
@@ -9,35 +9,122 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from lwcompile.contract import Codegen
+from lwcompile.contract import Code, Codegen
 from lwcompile.graph import ModelGraph
+from lwcompile.ops import is_unpacking
+from lwcompile.rundir import write_atomic
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Inductor(Codegen):
-    """torch's own compiler, with frozen weights. Needs a C++ compiler on CPU."""
+    """torch's own compiler. Needs a C++ compiler on CPU.
+
+    Options:
+        freezing: weights become constants, packed for the processor's products: some products gain, compiling takes longer, and
+            the code cannot be kept for another process.
+    """
 
     name: ClassVar[str] = "inductor"
     automatic: ClassVar[int] = 10
 
+    freezing: bool = False
+
     def unavailable(self) -> str | None:
         return missing_compiler()
 
-    def compile(
-        self, graph: ModelGraph, examples: Sequence[Tensor], writes: Mapping[str, str]
-    ) -> Callable[[Sequence[Tensor]], Sequence[Any]]:
+    def executors(self, graph: ModelGraph) -> dict[str, str]:
+        from torch._inductor.decomposition import select_decomp_table
+        from torch._inductor.lowering import fallbacks, lowerings
+
+        known = {*lowerings, *select_decomp_table()} - set(fallbacks)
+        return {n.name: _executor(n.target, known) for n in graph.graph.nodes if n.op == "call_function"}
+
+    def compile(self, graph: ModelGraph, examples: Sequence[Tensor], writes: Mapping[str, str]) -> Code:
         from torch._inductor.compile_fx import compile_fx
 
-        with torch.no_grad():
-            compiled: Any = compile_fx(in_place(graph, writes), list(examples), config_patches={"freezing": True})
-        return lambda values: compiled(*values)
+        module = in_place(graph, writes)
+        if self.freezing:
+            with torch.no_grad():
+                frozen: Any = compile_fx(module, list(examples), config_patches={"freezing": True})
+            return Code(lambda values: frozen(*values))
+        tensors, fakes = _lift(module), list(examples)
+        mode = torch._guards.detect_fake_mode(fakes)
+        fakes = [*(t if mode is None else mode.from_tensor(t, static_shapes=True) for t in tensors), *fakes]
+        with torch.no_grad(), torch._functorch.config.patch(bundled_autograd_cache=True), _tracing(mode):
+            compiled: Any = compile_fx(module, fakes)
+        keeps = hasattr(compiled, "serialize")
+        return Code(lambda values: compiled(*values), tuple(tensors), (lambda path: _save(compiled, path)) if keeps else None)
+
+    def load(self, path: Path) -> Callable[[Sequence[Tensor]], Sequence[Any]]:
+        from torch._inductor.standalone_compile import AOTCompiledArtifact
+
+        code = AOTCompiledArtifact.deserialize(path.read_bytes())
+        return lambda values: code(*values)
+
+
+def _save(compiled: Any, path: Path) -> None:
+    from torch._inductor.standalone_compile import AOTCompiledArtifact
+
+    write_atomic(path, AOTCompiledArtifact(compiled).serialize())
+
+
+def _tracing(mode: Any) -> Any:
+    """A context of its own, which knows nothing of dynamo's graph, over the same sizes."""
+    return torch._guards.tracing(torch._guards.TracingContext(mode))
+
+
+def _lift(module: fx.GraphModule) -> list[Tensor]:
+    """Make stored tensors the module's first inputs; their values, in order."""
+    tensors: dict[str, Tensor] = {}
+    inputs: dict[str, fx.Node] = {}
+    first = next(n for n in module.graph.nodes if n.op != "get_attr")
+    for node in module.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name not in inputs:
+            value: Any = module
+            for part in name.split("."):
+                value = getattr(value, part)
+            with module.graph.inserting_before(first):
+                inputs[name] = module.graph.placeholder(f"stored{len(inputs)}")
+            inputs[name].meta.update(node.meta)
+            tensors[name] = value.detach()
+        node.replace_all_uses_with(inputs[name])
+        module.graph.erase_node(node)
+    module.recompile()
+    module.delete_all_unused_submodules()
+    return list(tensors.values())
+
+
+_LIBRARY = (
+    aten.linear.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.matmul.default,
+    aten.addmm.default,
+    aten.convolution.default,
+)
+
+
+def _executor(target: Any, known: set[Any]) -> str:
+    if is_unpacking(target):
+        return "nobody: computed once, when compiled"
+    if target in _LIBRARY:
+        return "the linear algebra library, called by Inductor's code"
+    if target is aten.scaled_dot_product_attention.default:
+        return "torch's attention kernel, called by Inductor's code"
+    known_to = (
+        target in known or getattr(target, "overloadpacket", None) in known or not isinstance(target, torch._ops.OpOverload)
+    )
+    composite = isinstance(target, torch._ops.OpOverload) and target._can_decompose()
+    return "C++ loops by Inductor" if known_to or composite else "the operator's own kernel, called by Inductor's code"
 
 
 @dataclass(frozen=True)
@@ -47,16 +134,18 @@ class Eager(Codegen):
     name: ClassVar[str] = "eager"
     automatic: ClassVar[int] = 1
 
-    def compile(
-        self, graph: ModelGraph, examples: Sequence[Tensor], writes: Mapping[str, str]
-    ) -> Callable[[Sequence[Tensor]], Sequence[Any]]:
+    def executors(self, graph: ModelGraph) -> dict[str, str]:
+        calls = [n for n in graph.graph.nodes if n.op == "call_function"]
+        return {n.name: "nobody: computed once, when compiled" if is_unpacking(n.target) else "torch, one by one" for n in calls}
+
+    def compile(self, graph: ModelGraph, examples: Sequence[Tensor], writes: Mapping[str, str]) -> Code:
         module = in_place(graph, writes)
 
         def run(values: Sequence[Tensor]) -> Sequence[Any]:
             with torch.no_grad():
                 return module(*values)
 
-        return run
+        return Code(run)
 
 
 def in_place(graph: ModelGraph, writes: Mapping[str, str]) -> fx.GraphModule:

@@ -29,6 +29,7 @@ from lwcompile.backends.mlir.runtime import IreeStep, Module, describe, descript
 from lwcompile.contract import Backend, Parity, StoredTensor
 from lwcompile.errors import BadInput, Refused, VerificationError
 from lwcompile.manager import relative_error
+from lwcompile.ops import is_unpacking
 from lwcompile.samples import cases
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Mlir(Backend):
     """linalg on tensors by torch-mlir; with IREE, a compiled module for CPUs.
 
     Options:
-        target: "linalg", or "iree" for a compiled module; a file named .vmfb means the latter.
+        target: "linalg", or "iree" for a compiled module too, as model.vmfb beside model.mlir; a file named .vmfb is that alone.
         form: a module as MLIR bytecode, which MLIR's tools tell by its first bytes, or as text, where weights are hexadecimal
             and take twice the bytes.
         cpu: the processor that IREE compiles for: "host", "generic", or a name that LLVM knows.
@@ -66,6 +67,7 @@ class Mlir(Backend):
 
     name: ClassVar[str] = "mlir"
     suffixes: ClassVar[tuple[str, ...]] = (".mlir", ".mlirbc", ".vmfb")
+    writes: ClassVar[tuple[str, ...]] = ("model.vmfb", "model.vmfb.json")
     target: Literal["linalg", "iree"] = "linalg"
     form: Literal["bytecode", "text"] = "bytecode"
     cpu: str = "host"
@@ -101,6 +103,11 @@ class Mlir(Backend):
         per_node = CODE_BYTES if self.target == "iree" else NODE_BYTES
         return per_node * sum(len(graph.graph.nodes) for graph in _entries(program).values())
 
+    def executors(self, graph: ModelGraph) -> dict[str, str]:
+        who = "IREE, of linalg by torch-mlir"
+        calls = (n for n in graph.graph.nodes if n.op == "call_function")
+        return {n.name: "IREE, once, when the file is loaded" if is_unpacking(n.target) else who for n in calls}
+
     def _require(self, target: str) -> None:
         require("torch_mlir", "mlir")
         if target == "iree":
@@ -110,13 +117,14 @@ class Mlir(Backend):
     # --- lowering
 
     def lower(self, program: Program, path: Path, ctx: Context | None) -> Parity:
-        target = self._target(path)
+        alone = path.suffix == ".vmfb"
+        target = "iree" if alone else self.target
         self._require(target)
         source = _plain(program)
         with _workshop(path.parent) as folder:
             child = Child(folder, self.seconds)
             module, compiled = folder / "module.mlir", folder / "module.vmfb"
-            fixed = convert(child, source, module, self.form if target == "linalg" else "bytecode")
+            fixed = convert(child, source, module, "bytecode" if alone else self.form)
             for name, symbols in fixed.items():
                 if symbols and ctx is not None:
                     ctx.remark(self.name, name, "note", f"its {', '.join(symbols)} cannot change: the trace fixed them")
@@ -128,15 +136,13 @@ class Mlir(Backend):
                 flags = [*IREE_FLAGS, f"--iree-llvmcpu-target-cpu={self.cpu}"]
                 tiled = compile_with_iree(child, module, compiled, [[*flags, TILED], flags]) == 0
                 parity = self._proved(child, program, compiled, ctx, "" if tiled else ", compiled without data tiling")
-            description(path).write_text(words, encoding="utf-8")
-            (compiled if target == "iree" else module).replace(path)
+            made = {} if alone else {path: module}
+            if target == "iree":
+                made[path.with_suffix(".vmfb")] = compiled
+            for place, file in made.items():
+                description(place).write_text(words, encoding="utf-8")
+                file.replace(place)
         return parity
-
-    def _target(self, path: Path) -> str:
-        compiled = path.suffix == ".vmfb"
-        if self.target == "iree" and not compiled:
-            raise BadInput(f"target=iree writes a compiled module; name it {path.stem}.vmfb instead of {path.name}")
-        return "iree" if compiled else "linalg"
 
     def _proved(self, child: Child, program: Program, compiled: Path, ctx: Context | None, how: str) -> Parity:
         """Run every function in the child, and compare with the graphs that the program had before packed weights were spelled out."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import lwcompile.backends.onnx.operators  # noqa: F401  (fills the table)
 from lwcompile.backends.onnx.builder import IR_VERSION, OWN
+from lwcompile.backends.onnx.executors import executors
 from lwcompile.backends.onnx.files import Draft, check_model, with_attribute
 from lwcompile.backends.onnx.lowering import TABLE, Lowering, operator_name
 from lwcompile.backends.onnx.packing import Storage
@@ -95,6 +96,9 @@ class Onnx(Backend):
             total += sum(graph.store.nbytes(key) for key in keys & seen)
             seen |= keys
         return total
+
+    def executors(self, graph: ModelGraph) -> dict[str, str]:
+        return executors(graph, self.accuracy_level)
 
     # --- lowering
 

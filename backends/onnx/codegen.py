@@ -7,17 +7,17 @@ an error then, and not a result.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lwcompile.backends.onnx.backend import Onnx, file_inputs
 from lwcompile.backends.onnx.parity import open_session, relative_error, run_session
-from lwcompile.contract import Codegen
+from lwcompile.contract import Code, Codegen
 from lwcompile.errors import VerificationError
 from lwcompile.graph import ModelGraph
 from lwcompile.program import Program
@@ -43,10 +43,11 @@ class OnnxRuntime(Codegen):
         reasons += [f"{name} is in bfloat16" for name, dtype in kinds.items() if dtype is torch.bfloat16]
         return reasons or Onnx(self.activations).unsupported(Program({"forward": graph}, graph.store))
 
-    def compile(
-        self, graph: ModelGraph, examples: Sequence[Tensor], writes: Mapping[str, str]
-    ) -> Callable[[Sequence[Tensor]], Sequence[Any]]:
-        return _Session(graph, self, writes)
+    def executors(self, graph: ModelGraph) -> dict[str, str]:
+        return Onnx(self.activations).executors(graph)
+
+    def compile(self, graph: ModelGraph, examples: Sequence[Tensor], writes: Mapping[str, str]) -> Code:
+        return Code(_Session(graph, self, writes))
 
 
 class _Session:

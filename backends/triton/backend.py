@@ -26,10 +26,12 @@ from lwcompile.backends.triton.parity import Case, device, run_package
 from lwcompile.contract import Backend, FusionGroup, Parity, StoredTensor
 from lwcompile.errors import BadInput, Refused, VerificationError
 from lwcompile.manager import relative_error
+from lwcompile.ops import is_unpacking
 from lwcompile.samples import cases
 
 if TYPE_CHECKING:
     from lwcompile.context import Context
+    from lwcompile.graph import ModelGraph
     from lwcompile.program import Program
 
 EXTRAS = ("norm", "bias", "activation", "residual", "branch", "padding")
@@ -78,6 +80,14 @@ class Triton(Backend):
                 note = "; ".join(part for part in (group.note, extras and f"with {extras}") if part)
                 found.append(FusionGroup(name, group.kernel, tuple(n.name for n in group.nodes), note))
         return found
+
+    def executors(self, graph: ModelGraph) -> dict[str, str]:
+        graph = graph.copy()
+        graph.propagate()
+        taken = {node.name: f"Triton: {group.kernel}" for group in find_groups(graph) for node in group.nodes}
+        calls = (n for n in graph.graph.nodes if n.op == "call_function")
+        packed = "nobody: what reads the weight takes its codes"
+        return {n.name: taken.get(n.name, packed if is_unpacking(n.target) else "torch, one by one") for n in calls}
 
     def lower(self, program: Program, path: Path, ctx: Context | None) -> Parity:
         draft = path.parent / f".{path.name}.partial"

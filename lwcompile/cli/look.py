@@ -29,6 +29,9 @@ def inspect_model(
     html: Annotated[Path | None, typer.Option(help="Draw it into this HTML file too.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Show every block, not runs of equal ones as one.")] = False,
     fusion: Annotated[bool, typer.Option("--fusion", help="Show what backends would run as one kernel instead.")] = False,
+    executors: Annotated[
+        bool, typer.Option("--executors", help="Show who would run each operator, by backend and by torch.compile's codegens.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Print a model's streams, blocks, sublayers and weights, with parameters and bytes."""
@@ -38,6 +41,8 @@ def inspect_model(
     program = capture(model)
     if fusion:
         return show_fusion(program, full, json)
+    if executors:
+        return show_executors(program, full, json)
     view = look(program)
     if html is not None:
         from lwcompile.html.diagram import draw
@@ -73,6 +78,36 @@ def show_fusion(program: Program, full: bool, json: bool) -> None:
             for (entry, kernel, size, said), times in Counter((g.entry, g.kernel, len(g.nodes), g.note) for g in groups).items():
                 drawn.add_row(entry, kernel, str(times), str(size), said)
         show(drawn)
+
+
+def show_executors(program: Program, full: bool, json: bool) -> None:
+    """Who runs each call, by backend and codegen: counted by operator, or every node if `full`."""
+    from rich.table import Table
+
+    from lwcompile.contract import who_runs
+    from lwcompile.errors import LwError
+    from lwcompile.registry import make, plugins
+
+    rows: list[tuple[str, str, str, str]] = []
+    for group in ("backends", "codegens"):
+        for plugin in plugins(group):
+            for entry, graph in program.entries.items():
+                try:
+                    graph.propagate()
+                    who = make(group, plugin.name).executors(graph)
+                except LwError as error:
+                    rows.append((plugin.name, entry, "", f"refused: {error}"))
+                    continue
+                lines = [f"{name}: {words}" for name, words in who.items()] if full else who_runs(graph, who)
+                rows += [(plugin.name, entry, *line.split(": ", 1)) for line in lines]  # type: ignore[misc]
+    if json:
+        return show_json([dict(zip(("by", "entry", "operator", "who"), row)) for row in rows])
+    drawn = Table(box=None, header_style="dim", pad_edge=False)
+    for heading in ("by", "entry", "node" if full else "operator", "who runs it"):
+        drawn.add_column(heading)
+    for row in rows:
+        drawn.add_row(*row)
+    show(drawn)
 
 
 def report(

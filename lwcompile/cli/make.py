@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,12 +30,17 @@ def export(
         Path, typer.Argument(help="The file to write, such as model.onnx (or a folder, with --backend); its folder becomes loadable.")
     ],
     source: Source, budget: Budgets, healing: Healing, data: Data, held_out: HeldOut, run: Run,
+    target: Annotated[
+        str | None, typer.Option(help="What the file is compiled for, of those that its backend knows, such as iree.")
+    ] = None,
 ) -> None:  # fmt: skip
     """Compile a model into a file that a runtime takes, and prove that the file computes the same."""
     from lwcompile import pipeline
 
     words = settings(budget, data, run, healing, held_out)
     require_backend(path, run.backend, budget.recipe)
+    if target is not None:
+        words["backend"] = with_target(path, run.backend, target)
     require_words(words)
     program = open_model(source.model)
     if run.dry_run:
@@ -123,6 +129,19 @@ def require_words(words: dict[str, Any]) -> None:
     recipe.check_specs(make)
     if words["plan"] is not None:
         Plan.load(words["plan"])
+
+
+def with_target(path: Path, backend: str | None, target: str) -> str:
+    """The backend's line with this target in it."""
+    from lwcompile.errors import BadInput
+    from lwcompile.pipeline import backend_for
+    from lwcompile.registry import load
+    from lwcompile.spec import Spec
+
+    spec = Spec.parse(backend or backend_for(path) or "")
+    if "target" not in {field.name for field in dataclasses.fields(load("backends", spec.name))}:
+        raise BadInput(f"the backend {spec.name} has no targets to choose from; leave --target out")
+    return str(Spec(spec.name, (*(arg for arg in spec.args if arg[0] != "target"), ("target", target))))
 
 
 def open_model(model: str | None) -> Program:

@@ -1,0 +1,235 @@
+"""Every model of the zoo under torch.compile(backend="layerwise"), in every mode that a user may run it in.
+
+    python -m benchmarks.compile_zoo [--codegen eager] [--write FILE] [NAME ...]
+
+A cell is the largest error relative to the module's largest output, run in the same mode without the backend:
+
+    no_grad, inference_mode    float32
+    again                      a second copy with other weights, compiled in the same process
+    bf16                       the module in bfloat16
+    autocast                   float32 under autocast to bfloat16, which is left to torch
+    graphs                     that the backend made of the module under no_grad; what it left to torch as it stands, after a +
+    generate                   of language models: graphs for three prompts of unlike length, with a static and with a dynamic cache;
+                               the tokens are those of the module without it, or the row says otherwise
+
+With `--codegen eager`, what is left to torch runs eagerly too: this is about the graphs, and compiling all with Inductor takes hours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import multiprocessing
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.zoo_models import MEMBERS, Member
+from lwcompile.manager import relative_error
+from lwcompile.sources import open_source
+
+FLOAT, HALF = 1e-4, 0.05
+"""Errors past which a row is wrong, in float32 and in 16 bits."""
+
+SECONDS = 600
+MODES = ("no_grad", "inference_mode", "again", "bf16", "autocast")
+
+
+@dataclass
+class Row:
+    """What became of one member."""
+
+    name: str
+    errors: dict[str, float] = field(default_factory=dict)
+    graphs: str = ""
+    generate: str = ""
+    seconds: float = 0.0
+    reason: str = ""
+
+    @property
+    def right(self) -> bool:
+        within = all(e <= (HALF if mode in ("bf16", "autocast") else FLOAT) for mode, e in self.errors.items())
+        return not self.reason and len(self.errors) == len(MODES) and within
+
+    def cells(self) -> list[str]:
+        errors = [f"{self.errors[mode]:.0e}" if mode in self.errors else "" for mode in MODES]
+        return [
+            self.name,
+            *errors,
+            self.graphs,
+            self.generate,
+            f"{self.seconds:.0f}",
+            "right" if self.right else self.reason or "wrong",
+        ]
+
+
+class Counted:
+    """How many graphs the backend made, and how many it left as they stand."""
+
+    def __init__(self) -> None:
+        from lwcompile.backends.dynamo import backend
+
+        self.made = self.left = 0
+        made, left = backend.Compiled.__init__, backend._as_it_stands
+
+        def count_made(this: Any, *given: Any) -> None:
+            made(this, *given)
+            self.made += 1
+
+        def count_left(*given: Any) -> Any:
+            self.left += 1
+            return left(*given)
+
+        backend.Compiled.__init__, backend._as_it_stands = count_made, count_left  # type: ignore[method-assign]
+
+    def fresh(self) -> None:
+        torch._dynamo.reset()
+        self.made = self.left = 0
+
+    def __str__(self) -> str:
+        return f"{self.made}" + (f" + {self.left}" if self.left else "")
+
+
+def examine(member: Member, codegen: str) -> Row:
+    """Every mode of one member. Failures of any kind end in the row."""
+    row, started, counted = Row(member.name), time.perf_counter(), Counted()
+    if codegen == "eager":
+        from lwcompile.backends.dynamo import backend
+
+        backend._plain = lambda: "eager"
+    try:
+        source = open_source(member.build())
+        for part in source.parts.values():
+            _modes(part.model, part.example_kwargs, codegen, counted, row)
+        if source.task == "causal-lm":
+            row.generate = _generate(source.model, codegen, counted)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        row.reason = f"{type(error).__name__}: {lines[0]}"
+    row.seconds = time.perf_counter() - started
+    return row
+
+
+def _modes(model: nn.Module, feed: dict[str, Tensor], codegen: str, counted: Counted, row: Row) -> None:
+    other, half = _shaken(model), copy.deepcopy(model).bfloat16()
+    narrow = {k: v.bfloat16() if v.is_floating_point() else v for k, v in feed.items()}
+    whole: Callable[[], AbstractContextManager[Any]] = torch.no_grad
+    for mode, made, given, around in (
+        ("no_grad", model, feed, (whole,)),
+        ("again", other, feed, (whole,)),
+        ("inference_mode", model, feed, (torch.inference_mode,)),
+        ("bf16", half, narrow, (whole,)),
+        ("autocast", model, feed, (whole, lambda: torch.autocast("cpu", torch.bfloat16))),
+    ):
+        if mode != "again":  # in the same process, beside the first
+            counted.fresh()
+        error = _error(made, given, codegen, around)
+        row.errors[mode] = max(row.errors.get(mode, 0.0), error)
+        if mode == "no_grad":
+            row.graphs = ", ".join(filter(None, [row.graphs, str(counted)]))
+
+
+def _shaken(model: nn.Module) -> nn.Module:
+    made = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(1.25)
+    return made
+
+
+def _error(model: nn.Module, feed: dict[str, Tensor], codegen: str, around: Any) -> float:
+    from contextlib import ExitStack
+
+    compiled = torch.compile(model, backend="layerwise", options={"codegen": codegen})
+    with ExitStack() as stack:
+        for context in around:
+            stack.enter_context(context())
+        wanted, made = _tensors(model(**feed)), _tensors(compiled(**feed))
+        assert len(wanted) == len(made) > 0
+        return max(relative_error(a, b) for a, b in zip(wanted, made))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    value = value.to_tuple() if hasattr(value, "to_tuple") else value
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+
+
+def _generate(model: Any, codegen: str, counted: Counted) -> str:
+    found = []
+    for cache in ("static", "dynamic"):
+        counted.fresh()
+        try:
+            found.append(_generated(copy.deepcopy(model), cache, codegen) or str(counted))
+        except Exception as error:
+            found.append(f"{type(error).__name__}")
+    return " / ".join(found)
+
+
+def _generated(model: Any, cache: str, codegen: str) -> str:
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    how = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
+    vocabulary = model.config.get_text_config().vocab_size
+    prompts = [torch.randint(1, vocabulary, (1, n), generator=torch.Generator().manual_seed(n)) for n in (9, 12, 7)]
+    wanted = [model.generate(prompt, **how) for prompt in prompts]
+    model.forward = torch.compile(model.forward, backend="layerwise", options={"codegen": codegen})
+    same = all(torch.equal(model.generate(prompt, **how), tokens) for prompt, tokens in zip(prompts, wanted))
+    return "" if same else "other tokens"
+
+
+def examine_apart(member: Member, codegen: str) -> Row:
+    """`examine` in a process of its own."""
+    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_send, args=(sender, member, codegen))
+    process.start()
+    sender.close()
+    row = None
+    if receiver.poll(SECONDS):
+        with suppress(EOFError):
+            row = receiver.recv()
+    process.kill()
+    process.join()
+    return row or Row(member.name, reason=f"no end after {SECONDS} s, or the process died")
+
+
+def _send(sender: Any, member: Member, codegen: str) -> None:
+    sender.send(examine(member, codegen))
+
+
+def table(rows: list[Row]) -> str:
+    head = ["Architecture", *MODES, "graphs", "generate", "seconds", "verdict"]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *(row.cells() for row in rows)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="architectures; all of them if none is named")
+    parser.add_argument("--codegen", default="eager")
+    parser.add_argument("--write", type=Path, help="the Markdown file to write the table into")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # a forked process cannot use its parent's threads
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    rows: list[Row] = []
+    for member in MEMBERS:
+        if not options.names or member.name in options.names:
+            rows.append(examine_apart(member, options.codegen))
+            print(f"| {' | '.join(rows[-1].cells())} |", file=sys.stderr, flush=True)
+    if options.write:
+        options.write.write_text(table(rows) + "\n", encoding="utf-8")
+    else:
+        print(table(rows))
+    return 0 if all(row.right for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
