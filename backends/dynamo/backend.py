@@ -8,7 +8,10 @@ Options:
     plan      a folder that `lwcompile compress` wrote (its packed weights are used), a result of `lw.compress`, or a plan or its
               file, whose solvers must do without samples
     recipe    a recipe (name, file, or `Recipe`): its exact passes are run
-    codegen   what makes the code, by name; "auto" takes the best that can
+    codegen   what makes the code, by name or with options ("inductor{freezing=true}"); "auto" takes the best that can
+
+Code made without options is kept in Inductor's cache (`kept`): compiling again, in this process or another, costs little more than
+dynamo's trace. At level INFO the logger `lwcompile` says who runs each operator.
 
 What is not for us (training, autocast, other devices, parts of a model that a plan cannot be found in) is compiled by Inductor as
 it stands, and a warning says so once. Weights are part of the code: one that is replaced or written in place afterwards is
