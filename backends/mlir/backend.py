@@ -67,7 +67,6 @@ class Mlir(Backend):
 
     name: ClassVar[str] = "mlir"
     suffixes: ClassVar[tuple[str, ...]] = (".mlir", ".mlirbc", ".vmfb")
-    writes: ClassVar[tuple[str, ...]] = ("model.vmfb", "model.vmfb.json")
     target: Literal["linalg", "iree"] = "linalg"
     form: Literal["bytecode", "text"] = "bytecode"
     cpu: str = "host"
