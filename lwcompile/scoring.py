@@ -96,12 +96,11 @@ def analysis_reports(
         worst[site] = max(worst.get(site, 0.0), value)
     reports: list[dict[str, Any]] = []
     for spec, found in annotations.items():
-        name = Spec.parse(spec).name
         priced: dict[Any, float] = {
             (s, o): d.value for s, v in found.items() if isinstance(v, dict) for o, d in v.items() if not d.measured
         }
         scored: dict[Any, float] = {s: v.value for s, v in found.items() if isinstance(v, Score)}
-        row: dict[str, Any] = {"name": name, "seconds": round(seconds.get(name, 0.0), 2)}
+        row: dict[str, Any] = {"name": spec, "seconds": round(seconds.get(spec, 0.0), 2)}
         for mine, theirs in ((priced, truth), (scored, worst)):
             if len(mine.keys() & theirs.keys()) >= 3:
                 row["spearman"] = rank_correlation(mine, theirs)

@@ -209,7 +209,7 @@ class Session:
             if not isinstance(analysis, AnalysisPass):
                 raise BadPlan(f"{self.recipe.where('analyses')}: {spec.name} is no analysis")
             manager = Manager(ctx)
-            with self._timed(spec.name), ranks.first_alone():
+            with self._timed(str(spec)), ranks.first_alone():
                 annotations = manager.analyze(self.dense, analysis)
             self.annotations[str(spec)] = annotations
             for site, value in annotations.items():
