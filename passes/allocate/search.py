@@ -37,6 +37,9 @@ from lwcompile.table import Assignment, Options, OptionTable
 FACTORS = 0.1, 10.0
 """Bounds on how far a family's damages are taken to be from what they are alone."""
 
+POWERS = 1.0, 0.5, 0.25
+"""Of the factors, tried until one makes a better plan: they are true of small changes, and a solution makes large ones."""
+
 Damages = dict[tuple[str, Options], float]
 """(site, what it carries) -> damage, where it differs from the table's."""
 
@@ -161,17 +164,22 @@ class _Hunt:
                 there = self.best.damage - self.damage(without)
                 factors[family] = min(max(there / alone, FACTORS[0]), FACTORS[1])
         usual = sorted(factors.values())[len(factors) // 2] if factors else 1.0
-        for id, row in self.table.sites.items():
-            for options, choice in row.by_options.items():
-                if options and choice.refused is None:
-                    self.mended[id, options] = choice.predicted * factors.get(self._family(id, options), usual)
+        for power in POWERS:
+            for id, row in self.table.sites.items():
+                for options, choice in row.by_options.items():
+                    if options and choice.refused is None:
+                        factor = factors.get(self._family(id, options), usual)
+                        self.mended[id, options] = choice.predicted * factor**power
+            before = self.best.damage
+            if self._resolve(charge=False) and self.best.damage < before:
+                return
 
     def _family(self, id: str, options: Options) -> tuple[str, str]:
         """The place within its block, and the transforms: `block#.mlp.down_proj`, `quantize`. What is dropped is one by itself."""
         place = id if self.table.sites[id].by_options[options].removes else re.sub(r"\d+", "#", id)
         return place, "+".join(option.name for option in options)
 
-    def _resolve(self) -> bool:
+    def _resolve(self, charge: bool = True) -> bool:
         """Solve the mended table; whether its plan is new. It is kept if it measures better, and charged for if not."""
         try:
             made = self.search._solve(self.now(), self.budget).choices
@@ -183,7 +191,7 @@ class _Hunt:
         if found < self.best.damage:
             self.best = _State(made, found)
             return True
-        changed = [id for id, options in made.items() if self.best.choices.get(id, ()) != options]
+        changed = [id for id, options in made.items() if self.best.choices.get(id, ()) != options] if charge else []
         for id in changed:
             self.mended[id, made[id]] = self.at(id, made[id]) + (found - expected) / len(changed)
         return True
