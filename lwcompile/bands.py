@@ -58,7 +58,7 @@ def _counts(position: object, key: object) -> bool:
     column, keys = _args(position, aten.unsqueeze.default), _args(key, aten.arange.default)
     rows = _args(column[0], aten.arange.start) if column else ()
     start = _args(rows[0], operator.sub) if rows else ()
-    return bool(start) and len(keys) == 1 and rows[1] is keys[0] and start[0] is keys[0]
+    return len(rows) == 2 and len(keys) == 1 and rows[1] is keys[0] and bool(start) and start[0] is keys[0]
 
 
 def _args(node: object, target: object) -> tuple[Any, ...]:

@@ -53,7 +53,8 @@ def test_a_loop_equals_the_module_with_the_weights_put_there(name: str, init: An
         for at, layer in enumerate(layers):
             for key, parameter in layer.named_parameters():
                 if not any(key.startswith(norm) for norm in norms):
-                    parameter.copy_(sum(dict(before[i].named_parameters())[key] for i in sources[at % 2]) / len(sources[at % 2]))
+                    meant = [dict(before[i].named_parameters())[key] for i in sources[at % 2]]
+                    parameter.copy_(torch.stack(meant).mean(0))
     assert outputs_differ(made, model, example) < 1e-5
     assert outputs_differ(program, model, example) > 1e-3
     assert made.parameter_count() < program.parameter_count()
