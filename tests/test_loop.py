@@ -54,7 +54,7 @@ def test_a_loop_equals_the_module_with_the_weights_put_there(name: str, init: An
             for key, parameter in layer.named_parameters():
                 if not any(key.startswith(norm) for norm in norms):
                     meant = [dict(before[i].named_parameters())[key] for i in sources[at % 2]]
-                    parameter.copy_(torch.stack(meant).mean(0))
+                    parameter.copy_(torch.stack(tuple(meant)).mean(0))
     assert outputs_differ(made, model, example) < 1e-5
     assert outputs_differ(program, model, example) > 1e-3
     assert made.parameter_count() < program.parameter_count()
