@@ -114,20 +114,24 @@ def apply_plan(
     return compressed
 
 
-def edit(program: Program, choices: Mapping[str, Sequence[Spec]], structure: Structure, ctx: Context) -> None:
+def edit(program: Program, choices: Mapping[str, Sequence[Spec]], structure: Structure, ctx: Context) -> bool:
     """Apply a plan to `program` itself, outside of a transaction and with every layer calibrated on the dense model: a trial of it.
 
-    What refuses is passed over; no verifier looks at the result.
+    Whether nothing refused: what does is passed over, as in the real run, which then stores more than the plan says. No verifier
+    looks at the result.
     """
-    before = program.copy()
+    before, whole = program.copy(), True
     structural, numeric = _steps(program, choices, structure)
     left: dict[str, list[Site]] = {}
     for site, transform in structural:
         if _tried(program, site, transform, ctx):
             left[site.id] = transform.children(before.entries[site.entry], site)
+        else:
+            whole = False
     for site, transform in numeric:
         for child in left.get(site.id, [site]):
-            _tried(program, child, transform, ctx)
+            whole &= _tried(program, child, transform, ctx)
+    return whole
 
 
 def _tried(program: Program, site: Site, transform: TransformPass, ctx: Context) -> bool:

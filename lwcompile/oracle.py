@@ -8,6 +8,7 @@ know nothing of: they rank plans, and what is compressed in the end does a littl
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,8 +31,10 @@ TOKENS = 2048
 
 
 class Oracle:
-    """Plan -> damage in the metric's unit, on the first `tokens` calibration tokens. Figures and solved weights are kept in the run
-    directory, so that a search that was killed goes on where it was."""
+    """Plan -> damage in the metric's unit, on the first `tokens` calibration tokens; infinite where an option refuses.
+
+    Figures and solved weights are kept in the run directory, so that a search that was killed goes on where it was.
+    """
 
     def __init__(
         self, program: Program, structure: Structure, ctx: Context, tokens: int = TOKENS, task: Task | None = None
@@ -61,7 +64,8 @@ class Oracle:
         edited.store = OverlayStore(self.program.store)
         for graph in edited.entries.values():
             graph.store = edited.store
-        edit(edited, plan.choices, self.structure, self.ctx)
+        if not edit(edited, plan.choices, self.structure, self.ctx):
+            return math.inf  # it would not be the size that it promises
         meter = DamageMeter(self.metric, self.ctx.seed)
         for i, outputs in enumerate(self.cache.suffix_outputs(edited)):
             meter.update(self.cache.kept(i), outputs, self.cache.batches[i])

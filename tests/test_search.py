@@ -148,6 +148,8 @@ def test_the_oracle_measures_what_compressing_makes(tmp_path) -> None:
     assert run.dense.digest() == run.digest  # a trial leaves nothing behind
     again = Oracle(run.dense, run.structure, run._ready())
     assert again(plan) == found and again._cache is None  # from the run directory
+    refused = Plan({"block0.attention.q_proj": (Spec.parse("quantize{bits=4,group_size=16,rank=400,solver=hqq}"),)})
+    assert oracle(refused) == math.inf  # and not what the rest of the plan does
     made = run.plan()
     assert made.conditional is not None and made.conditional <= made.origin["conditional_at_start"]
 
