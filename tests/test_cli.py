@@ -59,14 +59,18 @@ for command in ["", *sys.argv[1:]]:
     assert done.returncode == 0, done.stderr
 
 
-def test_help_takes_less_than_half_a_second():
-    def seconds() -> float:
+def test_help_takes_little_more_than_its_library():
+    """0.39 s on a machine where typer alone takes 0.25 s; a ratio, since a busy core takes longer for both."""
+
+    def seconds(code: str, *arguments: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        run_fresh("from lwcompile.cli import main; main()", "--help")
+        run_fresh(code, *arguments)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 0.5  # processor time: other work on the machine does not count
+    plain = "import typer; app = typer.Typer(); app.command()(lambda: None); app()"
+    pairs = [(seconds("from lwcompile.cli import main; main()", "--help"), seconds(plain, "--help")) for _ in range(3)]
+    assert min(ours for ours, _ in pairs) < 2.5 * min(library for _, library in pairs)
 
 
 @pytest.mark.parametrize("command", ["export", "compress", "plan"])
