@@ -60,7 +60,7 @@ for command in ["", *sys.argv[1:]]:
 
 
 def test_help_takes_little_more_than_its_library():
-    """0.39 s on a machine where typer alone takes 0.25 s; a ratio, since a busy core takes longer for both."""
+    """About 0.36 s where typer alone takes 0.28 s; a ratio, since a busy core takes longer for both."""
 
     def seconds(code: str, *arguments: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
