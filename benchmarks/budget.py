@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", default=["72MB", "60MB", "50MB", "40MB"])
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--evaluations", type=int, default=64, help="whole plans that each search measures")
+    parser.add_argument("--tokens", type=int, default=2048, help="calibration tokens that each of them runs over")
     parser.add_argument("--heal", type=int, default=100_000, help="tokens to distil on; 0 heals nothing")
     parser.add_argument("--run-dir", type=Path, default=Path("lwcompile-runs/budget"))
     parser.add_argument("--out", type=Path, help="add the rows to this file as JSON lines")
@@ -112,7 +113,7 @@ def main() -> None:
             started = time.process_time()
             search = make("allocators", Spec.of("search", evaluations=options.evaluations))
             with run.progress.task(f"{case}, {size}", options.evaluations) as task:
-                oracle = Oracle(run.dense, run.structure, run._ready(), task=task)
+                oracle = Oracle(run.dense, run.structure, run._ready(), options.tokens, task)
                 try:
                     plan = search.allocate(
                         table.offering(lambda choice, case=case: CASES[case](choice.options)),

@@ -60,7 +60,7 @@ for command in ["", *sys.argv[1:]]:
 
 
 def test_help_takes_little_more_than_its_library():
-    """About 0.36 s where typer alone takes 0.28 s; a ratio, since a busy core takes longer for both."""
+    """0.36 s where typer alone takes 0.28 s: half a second there is 1.75 times that. A busy core takes longer for both."""
 
     def seconds(code: str, *arguments: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -70,7 +70,7 @@ def test_help_takes_little_more_than_its_library():
 
     plain = "import typer; app = typer.Typer(); app.command()(lambda: None); app()"
     pairs = [(seconds("from lwcompile.cli import main; main()", "--help"), seconds(plain, "--help")) for _ in range(3)]
-    assert min(ours for ours, _ in pairs) < 2.5 * min(library for _, library in pairs)
+    assert min(ours for ours, _ in pairs) < 1.75 * min(library for _, library in pairs)
 
 
 @pytest.mark.parametrize("command", ["export", "compress", "plan"])
