@@ -56,13 +56,18 @@ def price_by_scores(
 def price_joint(program: Program, offer: Offer, structure: Structure, found: dict[str, dict[Spec, Damage]]) -> None:
     """Give joint options that nothing has priced the sum of what their parts do: the structural one at its site, and the numeric
     one at each weight that it leaves there, less what of the weight is gone. Weights that are new (factors) have no such figure.
+
+    Where the structural part is measured and the joint option only predicted, the sum replaces the prediction: otherwise a change
+    whose damage a prediction misses would look cheaper with a coarser format than without one.
     """
     weights = {(s.entry, s.weight): s for s in structure.sites.values() if s.kind in ("linear", "embedding")}
     for id, options in offer.options.items():
         site = structure.sites[id]
-        for option in (o for o in options if o.then and o not in found.get(id, {})):
+        for option in (o for o in options if o.then):
             structural, numeric = option.parts
-            alone = found.get(id, {}).get(structural)
+            alone, joint = (found.get(id, {}).get(o) for o in (structural, option))
+            if joint is not None and (joint.measured or alone is None or not alone.measured):
+                continue
             children = offer.transforms[option].children(program.entries[site.entry], site)
             whole = [weights.get((child.entry, child.weight)) for child in children]
             below = [None if w is None else found.get(w.id, {}).get(numeric) for w in whole]

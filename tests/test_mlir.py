@@ -193,7 +193,7 @@ def test_the_command_line_writes_a_packed_module_whose_bytes_are_as_priced(tmp_p
     (tmp_path / "recipe.yaml").write_text(
         "analyses: ['fisher{tokens=64}']\n"
         "options: {linear: 'quantize{bits=[3,4],group_size=16,solver=rtn}'}\n"
-        "budget: {avg_bits: 16}\n"
+        "budget: {bytes: 90000}\n"
         "calibration: {dataset: random, samples: 4, seqlen: 8}\nevaluation: {dataset: random, samples: 4, seqlen: 8}\n"
     )
     line = [
