@@ -10,13 +10,16 @@ pytest.importorskip("triton", reason="the kernels are Triton's: install lwcompil
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 makes kernels interpreted, which do not compile", allow_module_level=True)
 
-from lwcompile.backends.triton.aot import SHARED_LIMITS, Case, cases, compile_case
+from lwcompile.backends.triton.aot import SHARED_LIMITS, Case, cases, compile_case, compiled
 from lwcompile.errors import VerificationError
 
 HARDEST = (
     "gemv, 3 bits, RMSNorm and gate",
-    "matmul, 4 bits, gate, M = 4096",
+    "matmul, 3 bits, M = 16",
+    "matmul, 4 bits, gate, M = 256",
+    "finish, 8 parts, gate",
     "embedding, 3 bits",
+    "dequantize, 3 bits",
     "LayerNorm with residual add",
     "rotary, heads of 128",
     "attention, S = 1, heads of 128",
@@ -34,6 +37,20 @@ def test_a_kernel_becomes_a_cubin(name: str, target: int) -> None:
     row = compile_case(case_of(name, target), target)
     assert row.code > 1000 and 0 < row.registers <= 255 and row.shared <= row.limit
     assert row.spilled == 0, f"{name} spills {row.spilled} bytes on sm_{target}: choose smaller blocks"
+
+
+@pytest.mark.parametrize("name", ["matmul, 4 bits, M = 16", "matmul, 4 bits, M = 256", "gemv, 4 bits", "dequantize, 4 bits"])
+def test_memory_is_read_and_written_16_bytes_at_a_time(name: str) -> None:
+    """It hangs on the order of loads (`load_tile`): tiles once went to shared memory two bytes at a time."""
+    text = compiled(next(case for case in cases(90, (4,)) if case.name == name), 90).asm["ptx"]
+    words = "ld.global.v4.b32" if name.startswith("dequantize") else "cp.async.cg.shared.global"
+    assert words in text and "st.shared.b16" not in text
+    assert not name.startswith("matmul") or ("st.shared.v4.b32" in text and text.count("fma.rn.bf16x2") >= 16)
+
+
+def test_large_tiles_are_multiplied_by_warp_groups() -> None:
+    text = compiled(next(case for case in cases(90, (4,)) if case.name == "matmul, 4 bits, M = 256"), 90).asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned.m64n128k16" in text
 
 
 def test_the_hardest_cases_are_of_every_kernel() -> None:

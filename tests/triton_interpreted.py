@@ -6,6 +6,7 @@ Sizes are small, since the interpreter takes about a millisecond a program, and 
 from __future__ import annotations
 
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from lwcompile.backends.triton.kernels import attention as attention_of
 from lwcompile.backends.triton.kernels import embedding as embedding_of
+from lwcompile.backends.triton.kernels import launch as launch_of
 from lwcompile.backends.triton.kernels import linear as linear_of
 from lwcompile.backends.triton.kernels import norm as norm_of
 from lwcompile.backends.triton.kernels import rotary as rotary_of
@@ -114,6 +116,51 @@ def test_gated_takes_two_weights_of_unlike_formats(first, second, m, n, k, norm,
     for activation in ("silu", "gelu_tanh"):
         found = linear_of.gated(x, gate, up, activation, norm=chosen)
         assert error(found, linear_of.gated_reference(x, gate, up, activation, norm=chosen)) < TOLERANCE
+
+
+WAYS = st.sampled_from(
+    [
+        {"DENSE": 1},
+        *(
+            {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_C": c, "SPLIT_K": s, "num_warps": 1, "num_stages": 1}
+            for c in (1, 4)
+            for s in (1, 3)
+        ),
+    ]
+)
+
+
+@few
+@given(FORMATS, WAYS, st.sampled_from([1, 3, 20]), st.integers(1, 40), st.integers(1, 300), st.booleans(), st.booleans(), SEEDS)
+def test_every_way_that_a_table_may_choose(format, way, m, n, k, bias, residual, seed) -> None:
+    torch.manual_seed(seed)
+    (packed, _), (up, _) = random_weight(n, k, format), random_weight(n, k, format)
+    x, added = torch.randn(m, k), torch.randn(m, n) if residual else None
+    options = {"bias": torch.randn(n) if bias else None, "residual": added, "norm": a_norm("rms", k), "activation": "silu"}
+    with mock.patch.dict(launch_of.table_of("default"), {"gemv": [way], "matmul": [way], "gated": [way]}):
+        assert error(linear_of.linear(x, packed), linear_of.linear_reference(x, packed)) < TOLERANCE
+        assert error(linear_of.linear(x, packed, **options), linear_of.linear_reference(x, packed, **options)) < TOLERANCE
+        found = linear_of.gated(x, packed, up, "gelu", residual=added)
+        assert error(found, linear_of.gated_reference(x, packed, up, "gelu", residual=added)) < TOLERANCE
+
+
+@pytest.mark.parametrize("rows,chunks", [(8, 4), (16, 16), (64, 2)])
+def test_one_row_in_blocks_of_other_sizes(rows: int, chunks: int) -> None:
+    torch.manual_seed(0)
+    way = {"BLOCK_N": rows, "BLOCK_C": chunks, "STAGES": 1, "num_warps": 1, "num_stages": 1}
+    x = torch.randn(1, 300)
+    for bits in (2, 3, 6, 8):
+        packed, _ = random_weight(40, 300, NumericFormat(bits, 32))
+        with mock.patch.dict(launch_of.table_of("default"), {"gemv": [way]}):
+            assert error(linear_of.linear(x, packed), linear_of.linear_reference(x, packed)) < TOLERANCE
+
+
+@few
+@given(FORMATS, st.integers(1, 30), st.integers(1, 200), SEEDS)
+def test_the_whole_weight(format, rows, width, seed) -> None:
+    torch.manual_seed(seed)
+    packed, weight = random_weight(rows, width, format)
+    assert error(embedding_of.dequantize(packed, torch.float32), weight) < 1e-6
 
 
 @few

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from lwcompile.backends.triton.kernels.attention import attention_kernel
 from lwcompile.backends.triton.kernels.embedding import embedding_kernel
 from lwcompile.backends.triton.kernels.launch import rule_for, table_of
-from lwcompile.backends.triton.kernels.linear import gemv_kernel, matmul_kernel
+from lwcompile.backends.triton.kernels.linear import finish_kernel, gemv_kernel, matmul_kernel
 from lwcompile.backends.triton.kernels.norm import norm_kernel
 from lwcompile.backends.triton.kernels.rotary import rotary_kernel
 from lwcompile.errors import Refused, VerificationError
@@ -61,26 +61,33 @@ def cases(target: int = 90, bits: Collection[int] = BITS) -> Iterator[Case]:
     """Every kernel at every width, with each rule of the target's table, and every way it can be combined at 4 bits."""
     table = table_of(f"sm_{target}")
 
-    def rule(kernel: str, m: int, n: int = WIDTH, k: int = WIDTH, bits: int = 4) -> dict[str, int]:
-        return rule_for(table, kernel, m=m, n=n, k=k, bits=bits)
+    def rule(kernel: str, m: int, n: int = WIDTH, k: int = WIDTH, bits: int = 4, needs: str = "num_warps") -> dict[str, int]:
+        """The table's rule; the default table's where that one leaves the product to another kernel, without what `needs` names."""
+        found = rule_for(table, kernel, m=m, n=n, k=k, bits=bits)
+        return found if needs in found else rule_for(table_of("default"), kernel, m=m, n=n, k=k, bits=bits)
 
     plain = {"GATED": False, "BIAS": False, "RESIDUAL": False, "ACT": 0}
     gemv = {**plain, "NORM": 0, "SHIFT": False, "K2": WIDTH}
     gate, full = {"GATED": True, "ACT": 1}, {"BIAS": True, "RESIDUAL": True, "ACT": 2}
     for b in bits:
-        form, config = _format(b), rule("gemv", 1, bits=b)
-        yield Case(f"gemv, {b} bits", gemv_kernel, gemv | form, config)
-        yield Case(f"gemv, {b} bits, RMSNorm and gate", gemv_kernel, gemv | form | gate | {"NORM": 1}, config)
-        for m in (16, 64, 4096):
-            yield Case(f"matmul, {b} bits, M = {m}", matmul_kernel, plain | form, rule("matmul", m, bits=b))
+        form = _format(b)
         one = {key: value for key, value in form.items() if not key.endswith("2")}
-        yield Case(f"embedding, {b} bits", embedding_kernel, one, rule("embedding", 1, bits=b))
-    layer = {"NORM": 2, "SHIFT": True}
-    yield Case("gemv, 4 bits, LayerNorm, bias, GELU, residual", gemv_kernel, gemv | _format(4) | full | layer, rule("gemv", 1))
-    yield Case("gemv, 4 bits, groups of 24, float zero", gemv_kernel, gemv | _format(4, 24, 2), rule("gemv", 1))
-    for m in (64, 4096):
-        yield Case(f"matmul, 4 bits, gate, M = {m}", matmul_kernel, plain | _format(4) | gate, rule("gated", m))
-        yield Case(f"matmul, 4 bits, bias, GELU, residual, M = {m}", matmul_kernel, plain | _format(4) | full, rule("matmul", m))
+        yield Case(f"gemv, {b} bits", gemv_kernel, gemv | form, rule("gemv", 1, bits=b, needs="STAGES"))
+        gated = rule("gated", 1, bits=b, needs="STAGES")
+        yield Case(f"gemv, {b} bits, RMSNorm and gate", gemv_kernel, gemv | form | gate | {"NORM": 1}, gated)
+        for m in (16, 64, 256):
+            yield Case(f"matmul, {b} bits, M = {m}", matmul_kernel, plain | form, rule("matmul", m, bits=b, needs="BLOCK_M"))
+        yield Case(f"embedding, {b} bits", embedding_kernel, one | {"LOOKUP": True}, rule("embedding", 1, bits=b))
+        yield Case(f"dequantize, {b} bits", embedding_kernel, one | {"LOOKUP": False}, rule("dequantize", WIDTH, bits=b))
+    layer, config = {"NORM": 2, "SHIFT": True}, rule("gemv", 1, needs="STAGES")
+    yield Case("gemv, 4 bits, LayerNorm, bias, GELU, residual", gemv_kernel, gemv | _format(4) | full | layer, config)
+    yield Case("gemv, 4 bits, groups of 24, float zero", gemv_kernel, gemv | _format(4, 24, 2), config)
+    for m in (16, 64, 256):
+        config = rule("gated", m, needs="BLOCK_M")
+        yield Case(f"matmul, 4 bits, gate, M = {m}", matmul_kernel, plain | _format(4) | gate, config)
+    config = rule("matmul", 64, needs="BLOCK_M")
+    yield Case("matmul, 4 bits, bias, GELU, residual, M = 64", matmul_kernel, plain | _format(4) | full, config)
+    yield Case("finish, 8 parts, gate", finish_kernel, {**plain, **gate, "SPLIT": 8}, rule("finish", 16))
     for kind, name in ((1, "RMSNorm"), (2, "LayerNorm")):
         constants = {"KIND": kind, "ADD": True, "SHIFT": kind == 2, "K2": WIDTH}
         yield Case(f"{name} with residual add", norm_kernel, constants, rule("norm", 1))
@@ -103,8 +110,8 @@ def _format(bits: int, group: int = 64, zero: int = 1) -> dict[str, Any]:
 
 
 _TYPES = {"words": "*i32", "words2": "*i32", "ids": "*i64", "padding": "*i64", "eps": "fp32", "factor": "fp32", "scale": "*fp16",
-          "scale2": "*fp16", "cos": "*fp32", "sin": "*fp32"}  # fmt: skip
-_SIZES = ("M", "N", "K", "CHUNKS")
+          "scale2": "*fp16", "cos": "*fp32", "sin": "*fp32", "parts": "*fp32", "parts2": "*fp32"}  # fmt: skip
+_SIZES = ("M", "N", "K", "CHUNKS", "SIZE")
 _COUNTS = ("heads", "times", "queries", "keys", "length", "window")
 
 
@@ -119,11 +126,11 @@ def _type_of(name: str, constants: dict[str, Any]) -> str:
 _STRIDES = ("_stride", "_batch", "_head", "_row")
 
 
-def compile_case(case: Case, target: int) -> Row:
-    """Compile for one target, with pointers aligned and sizes divisible by 16, as a real launch has them.
+def compiled(case: Case, target: int) -> Any:
+    """What triton makes of a case for one target, with pointers aligned and sizes divisible by 16, as a real launch has them.
 
     Raises:
-        VerificationError: it does not compile, or wants more shared memory than the target has.
+        VerificationError: it does not compile.
     """
     options = {name: value for name, value in case.config.items() if name.startswith("num_")}
     constants = case.constants | {name: value for name, value in case.config.items() if name not in options}
@@ -133,9 +140,18 @@ def compile_case(case: Case, target: int) -> Row:
     source = ASTSource(case.kernel, signature, constants, {place: [["tt.divisibility", 16]] for place in divisible})
     options["enable_fp_fusion"] = True
     try:
-        made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+        return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except Exception as error:
         raise VerificationError(f"{case.name} does not compile for sm_{target}: {error}") from error
+
+
+def compile_case(case: Case, target: int) -> Row:
+    """Compile for one target.
+
+    Raises:
+        VerificationError: it does not compile, or wants more shared memory than the target has.
+    """
+    made = compiled(case, target)
     shared, limit = made.metadata.shared, SHARED_LIMITS[target]
     if shared > limit:
         raise VerificationError(f"{case.name} wants {shared} bytes of shared memory, and sm_{target} has {limit}")

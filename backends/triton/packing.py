@@ -1,6 +1,6 @@
 """From the stored packing to the kernels' words: done once, when a model is lowered.
 
-2, 4 and 8 bits are the same bits, padded to whole chunks of 32 codes; other widths are split into planes (`kernels.packed`).
+Codes are padded to whole chunks of 32, split into planes of 1, 2, 4 and 8 bits, and laid out in pairs (`kernels.packed`).
 Integer zero points are unpacked to a byte each.
 """
 
@@ -40,12 +40,12 @@ def repack(codes: Tensor, zero: Tensor | None, bits: int, in_features: int, grou
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [N, K] -> int32 words [N, bits * ceil(K / 32)], plane by plane."""
+    """uint8 codes [N, K] -> int32 words [N, bits * ceil(K / 32)], plane by plane; codes 2i and 2i + 1 of a word in its two halves."""
     padded = F.pad(codes, (0, -codes.shape[1] % CHUNK))
     found, below = [], 0
     for width in plane_widths(bits):
-        part = ((padded >> below) & ((1 << width) - 1)).unflatten(1, (-1, 8 // width))
+        part = ((padded >> below) & ((1 << width) - 1)).unflatten(1, (-1, 2, 8 // width, 2)).permute(0, 1, 4, 2, 3)
         shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
-        found.append((part << shifts).sum(2, dtype=torch.uint8).view(torch.int32))
+        found.append((part << shifts).sum(4, dtype=torch.uint8).flatten(1).view(torch.int32))
         below += width
     return torch.cat(found, 1)

@@ -1,4 +1,4 @@
-"""Rows of a packed table: y = w[ids], only the looked-up rows unpacked."""
+"""Rows of a packed table: y = w[ids], only the looked-up rows unpacked; or all of them."""
 
 from __future__ import annotations
 
@@ -8,36 +8,45 @@ import triton.language as tl
 from torch import Tensor
 
 from lwcompile.backends.triton.kernels.launch import config_for, launch
-from lwcompile.backends.triton.kernels.packed import Packed, load_weights
+from lwcompile.backends.triton.kernels.packed import Packed, load_tile
 
 
 @triton.jit
 def embedding_kernel(
-    ids, words, scale, zero, y, M, N, K, CHUNKS,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ids, words, scale, zero, y, M, N, K, CHUNKS, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    LOOKUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    chunk = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    row = tl.load(ids + m, mask=m < M, other=0)
-    codes, factor = load_weights(words, scale, zero, row, N, chunk, K, CHUNKS, BITS, GROUP, ZERO)
-    k = chunk[:, None] * 32 + tl.arange(0, 32)[None, :]
-    at = m.to(tl.int64)[:, None, None] * K + k[None, :, :]
-    inside = (m < M)[:, None, None] & (k < K)[None, :, :]
-    tl.store(y + at, (codes * factor).to(y.dtype.element_ty), mask=inside)
+    first = tl.program_id(1) * BLOCK_C
+    row = tl.load(ids + m, mask=m < M, other=0) if LOOKUP else m
+    made = load_tile(words, scale, zero, row, N, first, K, CHUNKS, BITS, GROUP, ZERO, BLOCK_C, y.dtype.element_ty)
+    k = first * 32 + tl.arange(0, BLOCK_C * 32)
+    tl.store(y + m.to(tl.int64)[:, None] * K + k[None, :], made, mask=(m < M)[:, None] & (k < K)[None, :])
 
 
 def embedding(table: Packed, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """ids int [...] below the table's rows -> [..., K] of `dtype`."""
     y = torch.empty((*ids.shape, table.in_features), dtype=dtype, device=ids.device)
-    if ids.numel() == 0:
-        return y
-    config = config_for("embedding", ids.device, ids.numel(), table.rows, table.in_features, table.bits)
-    grid = (triton.cdiv(ids.numel(), config["BLOCK_M"]), triton.cdiv(table.chunks, config["BLOCK_C"]))
-    launch(
-        embedding_kernel, grid, config, ids.contiguous(), *table.pointers, y, ids.numel(), table.rows, table.in_features, table.chunks,
-        BITS=table.bits, GROUP=table.group, ZERO=table.kind,
-    )  # fmt: skip
+    _run("embedding", table, ids.contiguous(), y, ids.numel(), True)
     return y
+
+
+def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
+    """The whole weight, [N, K] of `dtype`, by a kernel."""
+    y = torch.empty((weight.rows, weight.in_features), dtype=dtype, device=weight.words.device)
+    _run("dequantize", weight, weight.words, y, weight.rows, False)
+    return y
+
+
+def _run(kernel: str, table: Packed, ids: Tensor, y: Tensor, m: int, lookup: bool) -> None:
+    if m == 0:
+        return
+    config = config_for(kernel, y.device, m, table.rows, table.in_features, table.bits)
+    grid = (triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(table.chunks, config["BLOCK_C"]))
+    launch(
+        embedding_kernel, grid, config, ids, *table.pointers, y, m, table.rows, table.in_features, table.chunks,
+        BITS=table.bits, GROUP=table.group, ZERO=table.kind, LOOKUP=lookup,
+    )  # fmt: skip
 
 
 def embedding_reference(table: Packed, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

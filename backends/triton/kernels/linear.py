@@ -1,13 +1,15 @@
 """y = act(norm(x) @ w.T + bias) + residual, w packed.
 
-    M == 1   `gemv`: a program makes a few outputs and reads its rows of w once; the norm of x is computed on the way
-    M > 1    `matmul`: weights are widened tile by tile and multiplied on tensor cores; where rows and columns alone are too few
-             programs, K is split and the parts are added up afterwards. A norm runs before, as a kernel of its own.
+    gemv     M == 1: a program makes a few outputs and reads its rows of w once; the norm of x is computed on the way
+    matmul   weights are widened tile by tile and multiplied on tensor cores; where rows and columns alone are too few programs,
+             K is split and the parts are added up afterwards. A norm runs before, as a kernel of its own.
+    dense    many rows: the weight is widened once, by a kernel bound by memory, and multiplied by cuBLAS
 
-`gated` is y = act(x @ gate.T) * (x @ up.T), the first half of a SwiGLU or GEGLU MLP, in one pass over x; the two may differ in
-width and groups.
+The tuning table says which, by sizes. `gated` is y = act(x @ gate.T) * (x @ up.T), the first half of a SwiGLU or GEGLU MLP, in one
+pass over x; the two may differ in width and groups.
 """
 
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import torch
@@ -16,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lwcompile.backends.triton.kernels.embedding import dequantize
 from lwcompile.backends.triton.kernels.launch import config_for, launch
 from lwcompile.backends.triton.kernels.norm import NORMS, Norm, normalize
-from lwcompile.backends.triton.kernels.packed import Packed, load_weights
+from lwcompile.backends.triton.kernels.packed import Packed, load_grid, load_tile, load_weights, load_words
 
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 
@@ -38,14 +41,54 @@ def activate(y, ACT: tl.constexpr):
 
 
 @triton.jit
-def chunk_dot(
-    values, words, scale, zero, row, rows, chunk, K, CHUNKS, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr
+def plane_dot(
+    values, words, row, rows, first, CHUNKS, BITS: tl.constexpr, BELOW: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr
 ):
+    """Products of x's chunks [C, 32] with one plane's share of the codes, times 2**-85: float32 [R, C].
+
+    A masked integer read as a float is that integer times 2**-149. So codes are neither shifted down nor converted: their place in
+    the word and the 2**-149 go, exactly, into x, once for all the rows.
+    """
+    made = load_words(words, row, rows, first, CHUNKS, BITS, BELOW, WIDTH, C)
+    place = tl.arange(0, 32 // WIDTH)
+    bit = place // 2 * WIDTH
+    codes = (made >> (place % 2 * 16)[None, None, None, :]) & (((1 << WIDTH) - 1) << bit)[None, None, None, :]
+    power = ((127 + 64 + BELOW - bit) << 23).to(tl.float32, bitcast=True)
+    scaled = tl.reshape(values, (C, WIDTH, 32 // WIDTH)) * power[None, None, :]
+    return tl.sum(tl.reshape(codes.to(tl.float32, bitcast=True) * scaled[None, :, :, :], (row.shape[0], C, 32)), 2)
+
+
+@triton.jit
+def grouped_dot(
+    values, words, scale, zero, row, rows, first, K, CHUNKS,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """`chunk_dot` where a group holds whole chunks: its zero point meets the sum of x, and its scale the sum of products."""
+    HIGH: tl.constexpr = 8 if BITS == 8 else (4 if BITS >= 4 else 2)
+    REST: tl.constexpr = BITS - HIGH
+    factor = tl.reshape(load_grid(scale, row, rows, first, K, GROUP, C), (row.shape[0], C)).to(tl.float32)
+    offset = factor * 0 + (1 << (BITS - 1))
+    if ZERO != 0:
+        offset = tl.reshape(load_grid(zero, row, rows, first, K, GROUP, C), (row.shape[0], C)).to(tl.float32)
+    made = plane_dot(values, words, row, rows, first, CHUNKS, BITS, 0, HIGH, C)
+    if REST >= 2:
+        made += plane_dot(values, words, row, rows, first, CHUNKS, BITS, HIGH, 2, C)
+    if REST % 2 == 1:
+        made += plane_dot(values, words, row, rows, first, CHUNKS, BITS, BITS - 1, 1, C)
+    return (made * 38685626227668133590597632.0 - offset * tl.sum(values, 1)[None, :]) * factor
+
+
+@triton.jit
+def chunk_dot(
+    values, words, scale, zero, row, rows, first, K, CHUNKS,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """Products of x's chunks [C, 32] with rows [R] of a weight: float32 [R, C]."""
-    codes, factor = load_weights(words, scale, zero, row, rows, chunk, K, CHUNKS, BITS, GROUP, ZERO)
     if GROUP % 32 == 0:
-        return tl.sum(codes * values[None, :, :], 2) * tl.reshape(factor, (row.shape[0], chunk.shape[0]))
-    return tl.sum(codes * factor * values[None, :, :], 2)
+        return grouped_dot(values, words, scale, zero, row, rows, first, K, CHUNKS, BITS, GROUP, ZERO, C)
+    else:
+        weights = load_weights(words, scale, zero, row, rows, first, K, CHUNKS, BITS, GROUP, ZERO, C)
+        return tl.sum(weights * values[None, :, :], 2)
 
 
 @triton.jit
@@ -54,10 +97,9 @@ def gemv_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BITS2: tl.constexpr, GROUP2: tl.constexpr, ZERO2: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr, ACT: tl.constexpr,
-    K2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    K2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    lane = tl.arange(0, 32)
     mean = 0.0
     rstd = 1.0
     if NORM != 0:
@@ -69,17 +111,17 @@ def gemv_kernel(
         rstd = 1.0 / tl.sqrt(tl.sum(whole * whole, 0) / K + eps)
     first = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     second = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for start in range(0, CHUNKS, BLOCK_C):
-        chunk = start + tl.arange(0, BLOCK_C)
-        k = chunk[:, None] * 32 + lane[None, :]
+    for start in tl.range(0, CHUNKS, BLOCK_C, num_stages=STAGES):  # said here, loads are pipelined in loops without tl.dot too
+        k = start * 32 + tl.arange(0, BLOCK_C * 32)
         values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
         if NORM != 0:
             values = (values - mean) * rstd * tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
             if SHIFT:
                 values += tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
-        first += chunk_dot(values, words, scale, zero, row, N, chunk, K, CHUNKS, BITS, GROUP, ZERO)
+        values = tl.reshape(values, (BLOCK_C, 32))
+        first += chunk_dot(values, words, scale, zero, row, N, start, K, CHUNKS, BITS, GROUP, ZERO, BLOCK_C)
         if GATED:
-            second += chunk_dot(values, words2, scale2, zero2, row, N, chunk, K, CHUNKS, BITS2, GROUP2, ZERO2)
+            second += chunk_dot(values, words2, scale2, zero2, row, N, start, K, CHUNKS, BITS2, GROUP2, ZERO2, BLOCK_C)
     total = tl.sum(first, 1)
     if BIAS:
         total += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
@@ -92,32 +134,12 @@ def gemv_kernel(
 
 
 @triton.jit
-def tile(
-    words,
-    scale,
-    zero,
-    row,
-    rows,
-    chunk,
-    K,
-    CHUNKS,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ZERO: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """A tile of weights as a product wants it: [C * 32, R] of x's dtype."""
-    codes, factor = load_weights(words, scale, zero, row, rows, chunk, K, CHUNKS, BITS, GROUP, ZERO)
-    return tl.trans(tl.reshape((codes * factor).to(dtype), (row.shape[0], chunk.shape[0] * 32)))
-
-
-@triton.jit
 def matmul_kernel(
-    x, words, scale, zero, words2, scale2, zero2, bias, residual, y, M, N, K, CHUNKS,
+    x, words, scale, zero, words2, scale2, zero2, bias, residual, y, M, N, K, CHUNKS, SPLIT_K,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BITS2: tl.constexpr, GROUP2: tl.constexpr, ZERO2: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -126,15 +148,14 @@ def matmul_kernel(
     first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     second = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(part * BLOCK_C, CHUNKS, SPLIT_K * BLOCK_C):
-        chunk = start + tl.arange(0, BLOCK_C)
         k = start * 32 + tl.arange(0, BLOCK_C * 32)
         inside = (m < M)[:, None] & (k < K)[None, :]
         values = tl.load(x + m.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0.0)
-        weights = tile(words, scale, zero, row, N, chunk, K, CHUNKS, BITS, GROUP, ZERO, dtype)
-        first = tl.dot(values, weights, first, input_precision="ieee")
+        weights = load_tile(words, scale, zero, row, N, start, K, CHUNKS, BITS, GROUP, ZERO, BLOCK_C, dtype)
+        first = tl.dot(values, tl.trans(weights), first, input_precision="ieee")
         if GATED:
-            weights = tile(words2, scale2, zero2, row, N, chunk, K, CHUNKS, BITS2, GROUP2, ZERO2, dtype)
-            second = tl.dot(values, weights, second, input_precision="ieee")
+            weights = load_tile(words2, scale2, zero2, row, N, start, K, CHUNKS, BITS2, GROUP2, ZERO2, BLOCK_C, dtype)
+            second = tl.dot(values, tl.trans(weights), second, input_precision="ieee")
     inside = (m < M)[:, None] & (row < N)[None, :]
     at = m.to(tl.int64)[:, None] * N + row[None, :]
     if BIAS:
@@ -145,6 +166,29 @@ def matmul_kernel(
     if RESIDUAL:
         first += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + part.to(tl.int64) * M * N + at, first.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def finish_kernel(
+    parts, parts2, bias, residual, y, SIZE, N, SPLIT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < SIZE
+    first = tl.zeros((BLOCK,), tl.float32)
+    second = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(SPLIT):
+        first += tl.load(parts + part * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            second += tl.load(parts2 + part * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        first += tl.load(bias + at % N, mask=inside, other=0.0).to(tl.float32)
+    first = activate(first, ACT)
+    if GATED:
+        first *= second
+    if RESIDUAL:
+        first += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + at, first.to(y.dtype.element_ty), mask=inside)
 
 
 # --- calling them
@@ -176,39 +220,45 @@ def _run(
         return y
     if residual is not None:
         residual = residual.expand(y.shape).contiguous()
-    constants = {
-        **_format(first), **_format(first if second is None else second, "2"), "GATED": second is not None,
-        "BIAS": bias is not None, "RESIDUAL": residual is not None, "ACT": ACTIVATIONS[activation],
+    ends = {
+        "GATED": second is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None, "ACT": ACTIVATIONS[activation],
     }  # fmt: skip
-    weights = (*first.pointers, *(first if second is None else second).pointers)
-    if m == 1:
-        config = config_for("gemv", x.device, m, n, k, first.bits)
+    other = first if second is None else second
+    constants = {**_format(first), **_format(other, "2"), **ends}
+    config = config_for("gated" if second is not None else "gemv" if m == 1 else "matmul", x.device, m, n, k, first.bits)
+    if "STAGES" in config:
         gain, shift, eps, kind = (norm.gain, norm.shift, norm.eps, NORMS[norm.kind]) if norm is not None else (None, None, 0.0, 0)
-        args = (flat, *weights, *_or(x, bias, residual, gain, shift), y, n, k, first.chunks, eps)
-        constants |= {"NORM": kind, "SHIFT": shift is not None, "K2": triton.next_power_of_2(k)}
+        args = (flat, *first.pointers, *other.pointers, *_or(x, bias, residual, gain, shift), y, n, k, first.chunks, eps)
+        constants |= {"NORM": kind, "SHIFT": shift is not None, "K2": triton.next_power_of_2(k) if kind else 1}
         launch(gemv_kernel, (triton.cdiv(n, config["BLOCK_N"]),), config, *args, **constants)
         return y
     if norm is not None:
         flat = normalize(flat, norm)
-    config = config_for("matmul" if second is None else "gated", x.device, m, n, k, first.bits)
-    if config["SPLIT_K"] > 1:
-        total = finish(
-            _split(flat, first, config), bias, activation, None if second is None else _split(flat, second, config)
-        ).view(y.shape)
-        return (total if residual is None else total + residual).to(x.dtype)
-    args = (flat, *weights, *_or(x, bias, residual), y, m, n, k, first.chunks)
+    if config.get("DENSE") or config["SPLIT_K"] > 1:
+        parts = _parts(flat, first, config)
+        if not any(ends.values()) and parts.dtype == y.dtype:
+            return parts.view(y.shape)
+        both = (parts, parts if second is None else _parts(flat, second, config))
+        finishing = config_for("finish", x.device, m, n, k)
+        grid = (triton.cdiv(y.numel(), finishing["BLOCK"]),)
+        split = config.get("SPLIT_K", 1)
+        launch(finish_kernel, grid, finishing, *both, *_or(x, bias, residual), y, y.numel(), n, SPLIT=split, **ends)
+        return y
+    args = (flat, *first.pointers, *other.pointers, *_or(x, bias, residual), y, m, n, k, first.chunks)
     launch(matmul_kernel, _grid(m, n, config), config, *args, **constants)
     return y
 
 
-def _split(flat: Tensor, weight: Packed, config: dict[str, int]) -> Tensor:
-    """flat [M, K] @ weight.T in parts along K, added up in a fixed order: float32 [M, N]."""
+def _parts(flat: Tensor, weight: Packed, config: dict[str, int]) -> Tensor:
+    """flat [M, K] @ weight.T: by cuBLAS, [M, N] of flat's dtype; or split along K, [SPLIT_K, M, N] in float32."""
+    if config.get("DENSE"):
+        return flat @ dequantize(weight, flat.dtype).T
     (m, k), n = flat.shape, weight.rows
     parts = torch.empty((config["SPLIT_K"], m, n), dtype=torch.float32, device=flat.device)
     args = (flat, *weight.pointers, *weight.pointers, flat, flat, parts, m, n, k, weight.chunks)
     constants = {**_format(weight), **_format(weight, "2"), "GATED": False, "BIAS": False, "RESIDUAL": False, "ACT": 0}
     launch(matmul_kernel, _grid(m, n, config), config, *args, **constants)
-    return parts.sum(0)
+    return parts
 
 
 def _grid(m: int, n: int, config: dict[str, int]) -> tuple[int, int, int]:

@@ -3,8 +3,9 @@
     w[n, k] = (code[n, k] - zero[n, k // group]) * scale[n, k // group]
 
 A row of codes is int32 words, in chunks of 32 codes. A code of 3, 5, 6 or 7 bits is split over planes of 4, 2 and 1 bits, lowest
-bits first, so that no code straddles two words: plane p of a row holds `p` words a chunk, code c of a chunk in bits
-(c * p) % 32 .. of word (c * p) // 32. A row takes `bits` words a chunk, whatever the width.
+bits first, so that no code straddles two words: plane p of a row holds `p` words a chunk, each of 32 / p codes. Codes 2i and 2i + 1
+of a word lie in its two halves, both from bit i * p on: one shift and one mask take a pair out, where two 16-bit floats belong.
+A row takes `bits` words a chunk, whatever the width.
 """
 
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportAssignmentType=false
@@ -17,8 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lwcompile.backends.triton.kernels.launch import INTERPRETED
+
 CHUNK = 32
 NO_ZERO, INTEGER_ZERO, FLOAT_ZERO = 0, 1, 2
+PAIRED = tl.constexpr(not INTERPRETED)
+"""Whether codes are widened two at a time, by instructions that the interpreter does not have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +70,8 @@ class Packed:
         codes, below, first = torch.zeros(self.rows, self.chunks * CHUNK, dtype=torch.int32, device=self.words.device), 0, 0
         for plane in planes(self.bits):
             words = self.words[:, first : first + plane * self.chunks]
-            shifts = torch.arange(0, 32, plane, dtype=torch.int32, device=words.device)
+            place = torch.arange(32 // plane, dtype=torch.int32, device=words.device)
+            shifts = place // 2 * plane + place % 2 * 16
             codes |= ((words[:, :, None] >> shifts) & ((1 << plane) - 1)).flatten(1) << below
             below, first = below + plane, first + plane * self.chunks
         group = torch.arange(self.in_features, device=codes.device) // self.group
@@ -79,53 +85,111 @@ def planes(bits: int) -> tuple[int, ...]:
 
 
 @triton.jit
-def load_plane(start, chunk, mask, CHUNKS, BELOW: tl.constexpr, WIDTH: tl.constexpr):
-    """One plane's share of the codes: start [R] of its rows, chunk [C], mask [R, C] -> int32 [R, C, 32], at its place in the code."""
-    word = tl.arange(0, WIDTH)
-    at = start[:, None, None] + BELOW * CHUNKS + chunk[None, :, None] * WIDTH + word[None, None, :]
-    words = tl.load(at, mask=mask[:, :, None], other=0)
-    shift = tl.arange(0, 32 // WIDTH) * WIDTH
-    codes = (words[:, :, :, None] >> shift[None, None, None, :]) & ((1 << WIDTH) - 1)
-    return tl.reshape(codes, (mask.shape[0], mask.shape[1], 32)) << BELOW
+def load_words(words, row, rows, first, CHUNKS, BITS: tl.constexpr, BELOW: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
+    """A plane's words of rows [R] and C chunks from `first` on: int32 [R, C, WIDTH, 1]; 0 past the last row or chunk.
+
+    The load is two-dimensional, so that the compiler sees words in a row and lets neighbours read neighbours.
+    """
+    at = first * WIDTH + tl.arange(0, C * WIDTH)
+    inside = (row < rows)[:, None] & (at < CHUNKS * WIDTH)[None, :]
+    start = words + row.to(tl.int64) * (CHUNKS * BITS) + BELOW * CHUNKS
+    return tl.reshape(tl.load(start[:, None] + at[None, :], mask=inside, other=0), (row.shape[0], C, WIDTH, 1))
 
 
 @triton.jit
-def load_codes(words, row, chunk, mask, CHUNKS, BITS: tl.constexpr):
-    """Codes int32 [R, C, 32] of rows [R] and chunks [C]; 0 where the mask [R, C] is closed."""
-    start = words + row.to(tl.int64) * CHUNKS * BITS
+def load_plane(
+    words, row, rows, first, CHUNKS, BITS: tl.constexpr, BELOW: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
+    """A plane's share of the codes, at its place in the code: int32 [R, C, 32], or pairs [R, C, 16], one in each half.
+
+    Pairs of an only plane are left unmasked.
+    """
+    made = load_words(words, row, rows, first, CHUNKS, BITS, BELOW, WIDTH, C)
+    COUNT: tl.constexpr = 16 if PAIRS else 32
+    place = tl.arange(0, COUNT // WIDTH)
+    shift = place * WIDTH if PAIRS else place // 2 * WIDTH + place % 2 * 16
+    codes = made >> shift[None, None, None, :]
+    if not PAIRS or WIDTH < BITS:
+        codes = codes & (((1 << WIDTH) - 1) * (0x10001 if PAIRS else 1))
+    return tl.reshape(codes, (row.shape[0], C, COUNT)) << BELOW
+
+
+@triton.jit
+def load_codes(words, row, rows, first, CHUNKS, BITS: tl.constexpr, C: tl.constexpr, PAIRS: tl.constexpr):
+    """Codes of rows [R], of which those below `rows` are read, and C chunks: int32 [R, C, 32], or pairs [R, C, 16]."""
     HIGH: tl.constexpr = 8 if BITS == 8 else (4 if BITS >= 4 else 2)
-    codes = load_plane(start, chunk, mask, CHUNKS, 0, HIGH)
+    codes = load_plane(words, row, rows, first, CHUNKS, BITS, 0, HIGH, C, PAIRS)
     REST: tl.constexpr = BITS - HIGH
     if REST >= 2:
-        codes |= load_plane(start, chunk, mask, CHUNKS, HIGH, 2)
+        codes |= load_plane(words, row, rows, first, CHUNKS, BITS, HIGH, 2, C, PAIRS)
     if REST % 2 == 1:
-        codes |= load_plane(start, chunk, mask, CHUNKS, BITS - 1, 1)
+        codes |= load_plane(words, row, rows, first, CHUNKS, BITS, BITS - 1, 1, C, PAIRS)
     return codes
 
 
 @triton.jit
-def load_weights(
-    words, scale, zero, row, rows, chunk, K, CHUNKS, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr
-):  # fmt: skip
-    """(codes - zero, scale): float32 [R, C, 32], and their scales [R, C, 1] where a group holds whole chunks, else [R, C, 32].
-
-    row: [R], of which those below `rows` are read. chunk: [C]. Beyond K the first is anything and the second may be 0.
-    """
-    mask = (row < rows)[:, None] & (chunk < CHUNKS)[None, :]
-    codes = load_codes(words, row, chunk, mask, CHUNKS, BITS)
+def load_grid(grid, row, rows, first, K, GROUP: tl.constexpr, C: tl.constexpr):
+    """Scales or zero points of rows [R]: [R, C, 1] where a group holds whole chunks, else [R, C, 32]; 0 outside."""
     groups = (K + GROUP - 1) // GROUP
+    chunk = first + tl.arange(0, C)
     if GROUP % 32 == 0:  # noqa: SIM108  (the compiler drops the other branch, whose shape differs)
         group = ((chunk * 32) // GROUP)[:, None]
     else:
         group = (chunk[:, None] * 32 + tl.arange(0, 32)[None, :]) // GROUP
-    at = row.to(tl.int64)[:, None, None] * groups + group[None, :, :]
     inside = (row < rows)[:, None, None] & (group < groups)[None, :, :]
-    factor = tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(grid + (row.to(tl.int64) * groups)[:, None, None] + group[None, :, :], mask=inside, other=0)
+
+
+@triton.jit
+def load_weights(
+    words, scale, zero, row, rows, first, K, CHUNKS,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Weights of rows [R] and C chunks: float32 [R, C, 32]. Those past K are finite, or 0 where a group begins past K."""
+    # Scales are loaded before words: the compiler lays a tile out as its last load is, and words make the better layout.
+    factor = load_grid(scale, row, rows, first, K, GROUP, C).to(tl.float32)
+    offset = factor * 0 + (1 << (BITS - 1))
+    if ZERO != 0:
+        offset = load_grid(zero, row, rows, first, K, GROUP, C).to(tl.float32)
+    codes = load_codes(words, row, rows, first, CHUNKS, BITS, C, False)
     # A small integer in the lowest bits of 2**23 is that number plus 2**23: one float subtraction instead of a slow conversion.
     number = (codes | 0x4B000000).to(tl.float32, bitcast=True)
-    if ZERO == 0:
-        return number - (8388608.0 + (1 << (BITS - 1))), factor
-    offset = tl.load(zero + at, mask=inside, other=0).to(tl.float32)
-    if ZERO == 1:
-        return number - (8388608.0 + offset), factor
-    return (number - 8388608.0) - offset, factor
+    if ZERO == 2:
+        return ((number - 8388608.0) - offset) * factor
+    return (number - (8388608.0 + offset)) * factor
+
+
+@triton.jit
+def load_tile(
+    words, scale, zero, row, rows, first, K, CHUNKS,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, C: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Weights of rows [R] and C chunks as a product or a store wants them: [R, C * 32] of `dtype`.
+
+    In bfloat16, codes below 8 bits stay two to a register: each is the lowest bits of a 128, less 128 and its zero point, which is
+    exact, times the scale in bfloat16. That is a third of the work of the way by float32, for one more rounding.
+    """
+    if PAIRED and dtype == tl.bfloat16 and BITS < 8 and GROUP % 32 == 0 and ZERO != 2:
+        factor = load_grid(scale, row, rows, first, K, GROUP, C).to(dtype).to(tl.int16, bitcast=True)
+        factor = (factor.to(tl.int32) & 0xFFFF) * 0x10001
+        offset = factor * 0 + (1 << (BITS - 1))
+        if ZERO == 1:
+            offset = load_grid(zero, row, rows, first, K, GROUP, C).to(tl.int32)
+        offset = (offset | 0xC300) * 0x10001
+        pairs = load_codes(words, row, rows, first, CHUNKS, BITS, C, True)
+        pairs = tl.inline_asm_elementwise(
+            """{ .reg .b32 pair, magic, one, nothing;
+            mov.b32 magic, 0x43004300;
+            mov.b32 one, 0x3f803f80;
+            mov.b32 nothing, 0x80008000;
+            lop3.b32 pair, $1, $2, magic, 0xea;
+            fma.rn.bf16x2 pair, pair, one, $3;
+            fma.rn.bf16x2 $0, pair, $4, nothing; }""",
+            "=r,r,r,r,r", [pairs, ((1 << BITS) - 1) * 0x10001, offset, factor], tl.int32, True, 1,
+        )  # fmt: skip
+        low = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+        high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
+        made = tl.join(low, high)
+    else:
+        made = load_weights(words, scale, zero, row, rows, first, K, CHUNKS, BITS, GROUP, ZERO, C).to(dtype)
+    return tl.reshape(made, (row.shape[0], C * 32))
