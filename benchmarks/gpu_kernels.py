@@ -4,10 +4,10 @@
     TRITON_INTERPRET=1 python -m benchmarks.gpu_kernels --check        correctness on a tiny shape, anywhere
 
 Weights are rotated: as many copies as fill `--rotate` megabytes are read in turn, so that no cache answers. A time is the median of
-repeats between CUDA events, after warming up. Each is given in microseconds, as the bytes of weights and activations a second over
-the measured bandwidth of a copy, and as the time of cuBLAS's bf16 product over it. torch's own int4 kernel and GemLite are timed
-beside it where they are installed; what cannot be timed is listed with the reason. Every product is compared with plain PyTorch
-before it is timed.
+replays of a CUDA graph of all of them, between CUDA events and after warming up. Each is given in microseconds, as the bytes of
+weights and activations a second over the measured bandwidth of a copy, and as the time of cuBLAS's bf16 product over it. torch's own
+int4 kernel and GemLite are timed beside it where they are installed; what cannot be timed is listed with the reason. Every product
+is compared with plain PyTorch before it is timed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lwcompile.backends.triton.packing import packed_bytes, repack
-from lwcompile.formats import NumericFormat, QuantizedTensor
+from lwcompile.backends.triton.packing import packed_bytes
+from lwcompile.formats import NumericFormat
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 SHAPES = ((2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192))
@@ -53,18 +53,16 @@ class Timing:
 
 
 def weight_of(n: int, k: int, bits: int, group: int, device: str, seed: int = 0) -> Any:
-    """A random packed weight [n, k]."""
-    from lwcompile.backends.triton.kernels.packed import Packed
+    """A random packed weight [n, k], made on the device: any words are codes."""
+    from lwcompile.backends.triton.kernels.packed import CHUNK, Packed
 
-    random = torch.Generator().manual_seed(seed)
-    format = NumericFormat(bits, group)
-    groups = format.groups(k)
-    codes = torch.randint(0, 2**bits, (n, k), generator=random, dtype=torch.uint8)
-    zero = torch.randint(0, 2**bits, (n, groups), generator=random, dtype=torch.uint8)
-    scale = (torch.rand(n, groups, generator=random) + 0.5) / (2**bits * math.sqrt(k))
-    stored = QuantizedTensor.of(format, codes, scale, zero).pack()
-    words, unpacked = repack(stored["codes"], stored["zero"], bits, k, groups)
-    return Packed(words, stored["scale"], unpacked, bits, group, k).to(device)
+    random = torch.Generator(device).manual_seed(seed)
+    groups = NumericFormat(bits, group).groups(k)
+    shape = (n, bits * -(-k // CHUNK))
+    words = torch.randint(-(2**31), 2**31, shape, generator=random, device=device, dtype=torch.int64).to(torch.int32)
+    zero = torch.randint(0, 2**bits, (n, groups), generator=random, device=device, dtype=torch.uint8)
+    scale = (torch.rand(n, groups, generator=random, device=device) + 0.5) / (2**bits * math.sqrt(k))
+    return Packed(words, scale.half(), zero, bits, group, k)
 
 
 def check(weight: Any, m: int, dtype: torch.dtype) -> float:
@@ -81,17 +79,26 @@ def check(weight: Any, m: int, dtype: torch.dtype) -> float:
     return error
 
 
-def time_of(call: Callable[[int], Any], repeats: int = 50) -> float:
-    """Median microseconds of `call(i)`, i counting up so that it can rotate what it reads."""
-    for i in range(10):
+def time_of(call: Callable[[int], Any], calls: int = 20, rounds: int = 7) -> float:
+    """Microseconds of `call(i)`, i counting up to `calls` so that it can rotate what it reads: the median of rounds of them all.
+
+    The calls are replayed from a CUDA graph. Launched one by one, short kernels would be timed at the speed of Python.
+    """
+    for i in range(3):
         call(i)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for i, (start, end) in enumerate(events):
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    graph.replay()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+    for start, end in events:
         start.record()
-        call(10 + i)
+        graph.replay()
         end.record()
     torch.cuda.synchronize()
-    return 1000 * statistics.median(start.elapsed_time(end) for start, end in events)
+    return 1000 * statistics.median(start.elapsed_time(end) for start, end in events) / calls
 
 
 def copy_bandwidth(megabytes: int = 1024) -> float:
@@ -112,7 +119,7 @@ class Bench:
         return max(2, -(-self.rotate // nbytes))
 
     def timing(self, what: str, bits: int, m: int, call: Callable[[int], Any], nbytes: int, dense: float | None) -> Timing:
-        micro = time_of(call)
+        micro = time_of(call, max(10, self.copies(nbytes)))
         moved = nbytes + 2 * m * (self.n + self.k)
         return Timing(what, bits, m, self.n, self.k, micro, moved / (micro * 1e-6) / self.bandwidth, dense and dense / micro)
 
@@ -225,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
             result["timings"].append(asdict(made))
             share = f"{made.speedup:.2f} x cuBLAS bf16" if made.speedup else ""
             speed = f"{made.microseconds:9.1f} us  {made.bandwidth:5.1%} of a copy  {share}"
-            print(f"{made.what:12} {made.bits:2} bits  M {made.m:5}  N, K {n} {k}  {speed}")
+            print(f"{made.what:12} {made.bits:2} bits  M {made.m:5}  N, K {n} {k}  {speed}", flush=True)
         result["missing"] |= bench.missing
     if given.write is not None:
         given.write.write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -70,3 +70,29 @@ def test_the_benchmark_takes_its_arguments() -> None:
     assert parse([]).shapes == list(SHAPES)
     with pytest.raises(SystemExit):
         parse(["--rotate", "8"])
+
+
+# --- the tuner, likewise
+
+
+def test_the_tuner_writes_rules_that_give_back_what_was_best() -> None:
+    from benchmarks.gpu_tune import candidates, rules
+    from lwcompile.backends.triton.kernels.launch import rule_for
+
+    points = [("matmul", bits, m, n) for bits in (3, 4) for m in (16, 256) for n in (2048, 4096)]
+    best = {point: {"BLOCK_M": 16 << i} for i, point in enumerate(points)}
+    table = {"matmul": rules(best, "matmul")}
+    for (_, bits, m, n), config in best.items():
+        assert rule_for(table, "matmul", m=m, n=n, k=64, bits=bits) == config
+    assert rule_for(table, "matmul", m=9000, n=9000, k=64, bits=8) == best[points[-1]]
+    one = {"gated": rules({("gated", 4, 1, 2048): {"STAGES": 3}}, "gated")}
+    assert rule_for(one, "gated", m=1, n=2048, k=64, bits=8) == {"STAGES": 3}
+    assert "STAGES" not in rule_for(one, "gated", m=2, n=2048, k=64, bits=8), "more rows than one are not for gemv"
+    assert all("STAGES" not in config for m in (16, 256) for config in candidates("matmul", m))
+
+
+def test_the_tuner_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gpu_tune
+
+    monkeypatch.setattr(gpu_tune.torch.cuda, "is_available", lambda: False)
+    assert gpu_tune.main([]) == 1 and "no GPU" in capsys.readouterr().err
