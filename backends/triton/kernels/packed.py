@@ -187,9 +187,9 @@ def load_tile(
             fma.rn.bf16x2 $0, pair, $4, nothing; }""",
             "=r,r,r,r,r", [pairs, ((1 << BITS) - 1) * 0x10001, offset, factor], tl.int32, True, 1,
         )  # fmt: skip
-        low = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-        high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
-        made = tl.join(low, high)
+        # What is reshaped is given its dtype afterwards: the compiler fails on some shapes where a product reads a reshape itself.
+        pairs = tl.join((pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16))
+        return tl.reshape(pairs, (row.shape[0], C * 32)).to(dtype, bitcast=True)
     else:
-        made = load_weights(words, scale, zero, row, rows, first, K, CHUNKS, BITS, GROUP, ZERO, C).to(dtype)
-    return tl.reshape(made, (row.shape[0], C * 32))
+        made = load_weights(words, scale, zero, row, rows, first, K, CHUNKS, BITS, GROUP, ZERO, C)
+        return tl.reshape(made, (row.shape[0], C * 32)).to(dtype)
