@@ -236,7 +236,7 @@ def _run(
         flat = normalize(flat, norm)
     if config.get("DENSE") or config["SPLIT_K"] > 1:
         parts = _parts(flat, first, config)
-        if not any(ends.values()) and parts.dtype == y.dtype:
+        if "DENSE" in config and not any(ends.values()):
             return parts.view(y.shape)
         both = (parts, parts if second is None else _parts(flat, second, config))
         finishing = config_for("finish", x.device, m, n, k)
