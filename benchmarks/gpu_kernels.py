@@ -81,14 +81,14 @@ def check(weight: Any, m: int, dtype: torch.dtype) -> float:
     return error
 
 
-def time_of(call: Callable[[int], Any], repeats: int = 50) -> float:
-    """Median microseconds of `call(i)`, i counting up so that it can rotate what it reads."""
-    for i in range(10):
+def time_of(call: Callable[[int], Any], repeats: int = 50, warm: int = 10) -> float:
+    """Median microseconds of `call(i)` after `warm` calls, i counting up so that it can rotate what it reads."""
+    for i in range(warm):
         call(i)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for i, (start, end) in enumerate(events):
         start.record()
-        call(10 + i)
+        call(warm + i)
         end.record()
     torch.cuda.synchronize()
     return 1000 * statistics.median(start.elapsed_time(end) for start, end in events)
