@@ -44,12 +44,12 @@ def input_stats(
 def moments(
     ctx: Context, site: Site, parts: Sequence[Tensor], importance: float, dense: Sequence[Tensor] | None = None
 ) -> InputStats:
-    """The statistics of what one site is fed, batch by batch [..., K]; `dense` is what the dense program feeds it."""
+    """The statistics of what one site is fed, batch by batch [..., K], on the CPU; `dense` is what the dense program feeds it."""
     stats = InputStats(parts[0].shape[-1], device=parts[0].device)
     weights = weights_of(ctx, site, importance, [part.shape[:-1] for part in parts])
     for i, part in enumerate(parts):
         stats.update(part, weights[i], None if dense is None else dense[i])
-    return stats
+    return stats.cpu()
 
 
 def stats_of(ctx: Context, graph: ModelGraph, site: Site, wanted: Wanted) -> InputStats | None:

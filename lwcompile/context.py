@@ -149,7 +149,10 @@ class Context:
         """Tensors made once under this token in this run; kept in the run directory too where `scope` names what they rest on."""
         if token in self.memo:
             return self.memo[token]
-        self.memo[token] = self.cached_tensors(content_key(self.scope, token), make) if self.scope else make()
+        if self.scope:
+            self.memo[token] = self.cached_tensors(content_key(self.scope, token), make)
+        else:
+            self.memo[token] = {name: tensor.cpu() for name, tensor in make().items()}
         return self.memo[token]
 
     # --- samples and activations
@@ -309,10 +312,10 @@ class Context:
         return found
 
     def cached_tensors(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The same for tensors by name."""
+        """The same for tensors by name, on the CPU."""
         found = self.rundir.get_tensors(key) if self.rundir is not None else None
         if found is None:
-            found = make()
+            found = {name: tensor.cpu() for name, tensor in make().items()}
             if self.rundir is not None:
                 self.rundir.put_tensors(key, found)
         return found

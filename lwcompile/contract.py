@@ -243,7 +243,8 @@ class Solver(Pass):
         return Wanted()
 
     def solve(self, weight: Tensor, format: NumericFormat, stats: InputStats | None) -> QuantizedTensor:
-        """weight [out, in] float32 -> codes, scales and zeros. `stats` holds what is known of the layer's inputs, or None."""
+        """weight [out, in] float32 -> codes, scales and zeros, on the weight's device. `stats` holds what is known of the layer's
+        inputs, on the CPU, or None."""
         raise NotImplementedError
 
 

@@ -169,7 +169,7 @@ def next_token_loss(outputs: Outputs, inputs: Inputs) -> tuple[Tensor, Tensor]:
     rows, columns = (mask[:, 1:] & mask[:, :-1]).nonzero(as_tuple=True)
     step = max(1, CHUNK // logits.shape[-1])
     made = [
-        F.cross_entropy(logits[r, c].float(), ids[r, c], reduction="none").cpu()
+        F.cross_entropy(logits[r, c].float(), ids[r, c].to(logits.device), reduction="none").cpu()
         for r, c in zip(rows.split(step), columns.split(step))
     ]
     return torch.cat(made) if made else torch.zeros(0), rows.cpu()

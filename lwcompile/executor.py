@@ -135,9 +135,8 @@ class Executor:
         if node.op == "get_attr":
             value = graph.store[token].to(self.device)
         else:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self.constant)
             with torch.no_grad():
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
+                value = self._call(node, self.constant)
         size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
         if self._held_bytes + size <= CONSTANTS_LIMIT:
             self._held[token], self._held_bytes = value, self._held_bytes + size
@@ -177,13 +176,19 @@ class Executor:
             if step.source is not None:
                 value = values.get(step.key, values.get(step.source))
             else:
-                args, kwargs = fx.map_arg((step.node.args, step.node.kwargs), lambda n: self._value(n, values))
-                value = step.node.target(*args, **kwargs)  # type: ignore[operator]
+                value = self._call(step.node, lambda n: self._value(n, values))
                 self.calls += 1
             values[step.key] = taps[step.key](value) if step.key in taps else value
             for key in step.last_uses:
                 values.pop(key, None)
         return values
+
+    def _call(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+        """What a call makes. Graphs are captured on the CPU: what they make anew is made on the device that runs them."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": self.device}
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _value(self, node: fx.Node, values: Values) -> Any:
         if node in self._constant:

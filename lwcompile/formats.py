@@ -134,6 +134,10 @@ class QuantizedTensor:
             zero = zero.to(torch.uint8 if format.zero_point == "integer" else format.dtype)
         return cls(format, codes.to(torch.uint8), scale.to(format.dtype), zero)
 
+    def cpu(self) -> QuantizedTensor:
+        zero = None if self.zero is None else self.zero.cpu()
+        return QuantizedTensor(self.format, self.codes.cpu(), self.scale.cpu(), zero)
+
     @property
     def shape(self) -> tuple[int, int]:
         rows, in_features = self.codes.shape

@@ -38,7 +38,7 @@ def token_importance(program: Program, sites: Iterable[Site], ctx: Context) -> d
     keys = {executor.key(site): site.id for site in sites}
     size = getattr(metric, "batch", len(ctx.need_calibration())) if metric.joint else ctx.batch_size
     batches = ctx.batches(program, size=size)
-    generator = torch.Generator(ctx.device).manual_seed(ctx.seed)
+    generator = torch.Generator().manual_seed(ctx.seed)
     found: dict[str, list[Tensor]] = {id: [] for id in keys.values()}
     rows: dict[str, int] = dict.fromkeys(found, 0)
     with ctx.progress.task("importance of tokens", len(batches)) as task:

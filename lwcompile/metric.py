@@ -297,6 +297,6 @@ def sample_labels(log_p: Tensor, generator: torch.Generator) -> Tensor:
     made = []
     for rows in log_p.split(max(1, CHUNK // 2 // log_p.shape[1])):
         reached = rows.double().exp_().cumsum(-1)
-        drawn = torch.rand(len(rows), 1, dtype=torch.float64, device=rows.device, generator=generator)
+        drawn = torch.rand(len(rows), 1, dtype=torch.float64, generator=generator).to(rows.device)
         made.append(torch.searchsorted(reached, drawn * reached[:, -1:], right=True).clamp_max(log_p.shape[1] - 1))
     return torch.cat(made)

@@ -1,7 +1,7 @@
 """Tensors kept in memory up to a limit and in memory-mapped files beyond it: what lets a cache be bounded.
 
 A tensor comes back with the bytes, sizes and strides it was given with, so that what is computed from it is bit for bit
-what would have been computed from the original.
+what would have been computed from the original. A file's tensor goes back to the device it came from at each use.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class TensorCache:
         self.memory, self.resident, self.spilled = memory, 0, 0
         self._parent, self._folder = folder, None
         self._tensors: dict[Hashable, Tensor] = {}
+        self._devices: dict[Hashable, torch.device] = {}
         self._storages: dict[int, Tensor] = {}
 
     def __contains__(self, key: Hashable) -> bool:
@@ -37,10 +38,10 @@ class TensorCache:
         return len(self._tensors)
 
     def __getitem__(self, key: Hashable) -> Tensor:
-        return self._tensors[key]
+        return self._tensors[key].to(self._devices[key])
 
     def __setitem__(self, key: Hashable, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+        storage, self._devices[key] = tensor.untyped_storage(), tensor.device
         if storage.data_ptr() in self._storages:  # a view of what is held already
             self._tensors[key] = tensor
         elif self.resident + storage.nbytes() <= self.memory:
@@ -65,7 +66,7 @@ class TensorCache:
         mapped = torch.from_file(str(path), shared=True, size=extent, dtype=tensor.dtype)
         mapped.copy_(flat)
         self.spilled += nbytes
-        return mapped.as_strided(tensor.shape, tensor.stride()).to(tensor.device)
+        return mapped.as_strided(tensor.shape, tensor.stride())
 
     def _files(self) -> Path:
         if self._folder is None:

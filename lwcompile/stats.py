@@ -32,7 +32,7 @@ class InputStats:
             raise BadInput(f"these inputs have {x.shape[-1]} channels, but the weight takes {self.features}")
         x = x.reshape(-1, self.features).float()
         if weight is not None:
-            weight = weight.reshape(-1, 1).float()
+            weight = weight.reshape(-1, 1).to(x)
             if len(weight) != len(x):
                 raise BadInput(f"{len(weight)} token weights were given for {len(x)} tokens")
         weighted = x if weight is None else x * weight
@@ -51,6 +51,15 @@ class InputStats:
         self._magnitude += other._magnitude.to(self._magnitude)
         self.weight += other.weight
         self.tokens += other.tokens
+
+    def cpu(self) -> InputStats:
+        """These sums on the CPU, where weights are; itself if they are there."""
+        if self._gram.device.type == "cpu":
+            return self
+        made = InputStats(self.features, dtype=self._gram.dtype)
+        made.tokens, made.weight, made._gram, made._magnitude = self.tokens, self.weight, self._gram.cpu(), self._magnitude.cpu()
+        made._drift = None if self._drift is None else self._drift.cpu()
+        return made
 
     def through(self, by: Tensor) -> InputStats:
         """The statistics of these inputs behind a matrix [k, K], or of some of their channels [k] int64; without the drift.

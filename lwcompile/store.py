@@ -61,8 +61,8 @@ class ParameterStore:
         return len(self.keys())
 
     def put(self, tensor: Tensor) -> str:
-        """Add a tensor (not copied) and return its key; equal contents get one key."""
-        tensor = tensor.detach()
+        """Add a tensor and return its key; equal contents get one key. It is kept on the CPU, and not copied if it is there."""
+        tensor = tensor.detach().cpu()
         key = tensor_key(tensor)
         if key not in self:
             self._resident[key] = tensor

@@ -53,7 +53,7 @@ def test_tables_end_with_a_rule_that_always_fits(path: Path) -> None:
             assert all(rule[key] & (rule[key] - 1) == 0 for key in rule if key.startswith("BLOCK_")), f"{kernel}: {rule}"
 
 
-# --- the benchmark, which needs a GPU for all but this
+# --- the benchmarks, which need a GPU for all but this
 
 
 def test_the_benchmark_checks_itself_anywhere() -> None:
@@ -96,3 +96,23 @@ def test_the_tuner_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
     monkeypatch.setattr(gpu_tune.torch.cuda, "is_available", lambda: False)
     assert gpu_tune.main([]) == 1 and "no GPU" in capsys.readouterr().err
+
+
+def test_a_whole_model_computes_what_transformers_does() -> None:
+    """The package with random weights that `benchmarks.gpu_model` times, at two widths, decoding and in prefill."""
+    pytest.importorskip("transformers", reason="the model is transformers': install lwcompile[hf]")
+    done = interpreted("-m", "benchmarks.gpu_model", "--check", "--bits", "4/3")
+    assert done.returncode == 0, done.stderr
+    found = [line.partition(":")[0] for line in done.stdout.splitlines()]
+    assert found == [f"lwcompile 4/3 bits, {step}" for step in
+                     ("decode, batch 1, 12 tokens", "decode, batch 2, 5 tokens", "prefill, batch 1, 9 tokens")]  # fmt: skip
+
+
+def test_whole_models_take_widths_that_there_are() -> None:
+    pytest.importorskip("transformers", reason="the model is transformers': install lwcompile[hf]")
+    from benchmarks.gpu_model import parse
+
+    assert parse(["--bits", "4", "4/3"]).bits == ["4", "4/3"]
+    for wrong in ("1", "4/3/2", "four"):
+        with pytest.raises(SystemExit):
+            parse(["--bits", wrong])

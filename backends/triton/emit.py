@@ -268,6 +268,12 @@ def check_weights(graph: ModelGraph) -> list[str]:
 
 def write_package(program: Program, folder: Path) -> None:
     """Write the whole package into `folder`, which is made."""
+    stored = write_source(program, folder)
+    save_file({name: tensor.contiguous() for name, tensor in stored.tensors.items()}, folder / "weights.safetensors")
+
+
+def write_source(program: Program, folder: Path) -> Stored:
+    """Write all of the package but its weights, which are returned; where packed ones lie on the meta device, only their shapes."""
     stored, entries = Stored(), {}
     folder.mkdir(parents=True)
     for name, graph in program.entries.items():
@@ -286,7 +292,7 @@ def write_package(program: Program, folder: Path) -> None:
     (folder / "__init__.py").write_text(_init(program.name), encoding="utf-8")
     described = {"entries": entries, "packed": stored.packed, "cast": sorted(stored.cast)}
     (folder / "model.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in stored.tensors.items()}, folder / "weights.safetensors")
+    return stored
 
 
 def _rooted(file: Path, kernels: str) -> str:

@@ -102,7 +102,7 @@ class Moves:
         batches = self.ctx.batches(self.program, tokens=self.options.tokens, size=size)
         if self.metric.joint and len(batches) > 1 and len(_first(batches[-1])) < size:
             batches.pop()
-        generator = torch.Generator(self.ctx.device).manual_seed(self.ctx.seed)
+        generator = torch.Generator().manual_seed(self.ctx.seed)
         with self.ctx.progress.task(self.options.name, len(batches)) as task:
             for batch in batches:
                 self._batch(batch, generator)

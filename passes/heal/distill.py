@@ -23,6 +23,7 @@ go evenly to the processes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -154,7 +155,7 @@ class _Run:
         self.course = Course(parameters, sizes, given.lr, given.steps, given.warmup, given.clip)
         able = device.type == "cuda" and torch.cuda.is_bf16_supported()
         fast = given.precision == "bfloat16" or (given.precision == "auto" and able)
-        self._fast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=fast)
+        self._fast = lambda: torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
 
     def advance(self) -> None:
         """One step; each rank takes its share of the batches."""

@@ -38,7 +38,7 @@ def fit_grid(
 
     `importance` [K] >= 0 weighs the input channels; None: all alike. `steps=1, refits=0` is plain min-max.
     """
-    importance = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
+    importance = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.to(weight)
     return solve_groups(weight, format, importance, lambda w, h: _search(w, h, format, steps, shrink, refits))
 
 

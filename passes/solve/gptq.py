@@ -77,8 +77,8 @@ class Gptq(Solver):
             raise BadInput("gptq needs statistics of the weight's inputs: give calibration samples, or use hqq or rtn")
         if stats.features != weight.shape[1]:
             raise BadInput(f"the input statistics have {stats.features} channels, the weight takes {weight.shape[1]}")
-        factors = _factors(stats, stats.weight, self.damp, self.channel_damp, self.act_order)
-        order, hessian, feedback, pivots = (part.to(weight.device) for part in factors)
+        given = self.damp, self.channel_damp, self.act_order
+        order, hessian, feedback, pivots = _factors(stats, stats.weight, *given, weight.device)
         if stats.drift is not None and self.drift:
             weight = weight + self.drift * weight @ _makeup(stats, stats.weight, hessian, order)
         importance = torch.empty_like(pivots)
@@ -163,10 +163,10 @@ class _Grid:
 
 @lru_cache(maxsize=2)  # q, k and v share their inputs, as do all the formats tried on one weight
 def _factors(
-    stats: InputStats, seen: float, damp: float, channel_damp: float, act_order: bool
+    stats: InputStats, seen: float, damp: float, channel_damp: float, act_order: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The order of columns, and the damped H, A and D in that order; `seen` tells updated statistics from older ones."""
-    hessian = stats.hessian.double()
+    hessian = stats.hessian.to(device).double()
     energy = hessian.diagonal()
     order = energy.argsort(descending=True, stable=True) if act_order else torch.arange(len(energy), device=energy.device)
     return order, *factorize(hessian[order][:, order], damp, channel_damp)
@@ -178,7 +178,7 @@ def _makeup(stats: InputStats, seen: float, hessian: Tensor, order: Tensor) -> T
     assert stats.drift is not None
     back = order.argsort()
     damped = hessian[back][:, back].double()
-    return torch.linalg.solve(damped, stats.drift.double().T).T.float().contiguous()
+    return torch.linalg.solve(damped, stats.drift.to(damped).T).T.float().contiguous()
 
 
 def factorize(hessian: Tensor, damp: float, channel_damp: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

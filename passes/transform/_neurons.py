@@ -104,7 +104,7 @@ def taylor_scores(program: Program, channels: Mapping[str, tuple[str, str]], ctx
     executor, metric = Executor(program, ctx.device), ctx.need_metric()
     size = getattr(metric, "batch", len(ctx.need_calibration())) if metric.joint else ctx.batch_size
     batches = [b for b in ctx.batches(program, size=size) if not metric.joint or len(next(iter(b.values()))) > 2]
-    generator = torch.Generator(ctx.device).manual_seed(ctx.seed)
+    generator = torch.Generator().manual_seed(ctx.seed)
     found: dict[str, Tensor] = {}
     keys = {id: name if name in executor.index else f"{entry}/{name}" for id, (entry, name) in channels.items()}
     with ctx.progress.task("scores of neurons", len(batches)) as task:

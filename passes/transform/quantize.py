@@ -125,7 +125,7 @@ class Quantize(TransformPass):
             stats = InputStats(site.shape[1])  # a row that is looked up counts by its squared error alone: H is the identity
             stats.update(torch.eye(site.shape[1]))
         weight = graph.tensor(site.weight).float()
-        made = solver.solve(weight, self.format, stats)
+        made = solver.solve(weight.to(ctx.device), self.format, stats).cpu()
         if not self.rank:
             return made.pack()
         known = stats if stats is not None else stats_for(graph, site, ctx, solver.wanted.importance)

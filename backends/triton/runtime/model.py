@@ -20,15 +20,16 @@ HERE = Path(__file__).parent
 class Weights(Mapping[str, Any]):
     """Tensors and packed weights by name, with the device and the dtype that activations have."""
 
-    def __init__(self, described: Mapping[str, Any], device: str | torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, described: Mapping[str, Any], stored: Mapping[str, Tensor], device: str | torch.device, dtype: torch.dtype
+    ) -> None:
         self.device, self.dtype = torch.device(device), dtype
-        stored = load_file(HERE / "weights.safetensors", device=str(device))
-        self._held: dict[str, Any] = {}
+        stored, self._held = dict(stored), {}
         for name, form in described["packed"].items():
             parts = (stored.pop(f"{name}.{part}", None) for part in ("words", "scale", "zero"))
-            self._held[name] = Packed(*parts, **form)  # type: ignore[arg-type]
+            self._held[name] = Packed(*parts, **form).to(device)  # type: ignore[arg-type]
         for name, tensor in stored.items():
-            self._held[name] = tensor.to(dtype) if name in described["cast"] else tensor
+            self._held[name] = tensor.to(device, dtype if name in described["cast"] else tensor.dtype)
 
     def __getitem__(self, name: str) -> Any:
         return self._held[name]
@@ -43,10 +44,17 @@ class Weights(Mapping[str, Any]):
 class Model:
     """Runs the entry points; `forward` and `decode` where there are such."""
 
-    def __init__(self, device: str | torch.device = "cuda", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        device: str | torch.device = "cuda",
+        dtype: torch.dtype = torch.float32,
+        stored: Mapping[str, Tensor] | None = None,
+    ) -> None:
         described = json.loads((HERE / "model.json").read_text(encoding="utf-8"))
         self.entries: dict[str, dict[str, Any]] = described["entries"]
-        self.weights = Weights(described, device, dtype)
+        if stored is None:
+            stored = load_file(HERE / "weights.safetensors", device=str(device))
+        self.weights = Weights(described, stored, device, dtype)
         self._functions = {
             name: getattr(importlib.import_module(f".graph_{name}", __package__), name) for name in self.entries
         }  # fmt: skip
@@ -96,6 +104,12 @@ class Model:
         return found
 
 
-def load(device: str | torch.device = "cuda", dtype: torch.dtype = torch.float32) -> Model:
-    """The model in this folder. dtype: of activations and of weights that are not packed; sums are always made in float32."""
-    return Model(device, dtype)
+def load(
+    device: str | torch.device = "cuda", dtype: torch.dtype = torch.float32, stored: Mapping[str, Tensor] | None = None
+) -> Model:
+    """The model in this folder.
+
+    dtype: of activations and of weights that are not packed; sums are always made in float32.
+    stored: what is used instead of weights.safetensors, under the names that it has there.
+    """
+    return Model(device, dtype, stored)

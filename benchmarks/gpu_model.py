@@ -1,0 +1,461 @@
+"""Whole-model decode and prefill of an 8B-shaped random model against bf16 under Inductor, on one GPU.
+
+    python -m benchmarks.gpu_model --write model.json
+    python -m benchmarks.gpu_model --bits 4 3 4/3 --batches 1 16 --write model.json
+    TRITON_INTERPRET=1 python -m benchmarks.gpu_model --check          correctness on a tiny shape, anywhere
+
+Llama-3-8B's shape (`--layers` shrinks it): 32 layers of width 4096, MLPs of 14336, 32 heads over 8 key-value heads, a vocabulary of
+128256, untied. Ours is what the Triton backend writes for it: the model is traced with weights that take no memory, each matrix
+becomes packed codes of which only the shapes are known, and the package's source is loaded with random codes and scales made on the
+device. Every matrix is packed, embedding and head included. `--bits 4/3` gives the MLPs 3 bits and the rest 4.
+
+The peer is transformers' LlamaForCausalLM in bf16 under Inductor, with a static cache. Its layers are compiled once for all, since
+Inductor takes minutes for 32 of them as one graph; what that loses, a sum fused with the next layer's norm, `--whole` has. It holds the
+values of our packed weights, so the logits of every timed call are compared with ours before anything is timed.
+
+A decode step has one new token a sequence behind `--context` cached ones, and is repeated at that length: our cache grows, so a
+captured step is of one length; the peer writes the last position of its cache anew. Prefill has no cache, and both sides give the
+logits of all tokens. Each call is timed as it is and replayed from a CUDA graph, which takes Python's launches off both; what is
+compared is the peer's faster way. The sides alternate, and a time is the median over rounds of the median between CUDA events.
+Bandwidth is the bytes of weights that a step reads (the embedding's rows and the cache left out) a second, over that of a copy. What
+cannot be run is listed with the reason, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import functools
+import importlib
+import importlib.metadata
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.gpu_kernels import copy_bandwidth
+from lwcompile.backends.triton.emit import Stored, write_source
+from lwcompile.decode import derive_decode
+from lwcompile.formats import NumericFormat, QuantizedTensor
+from lwcompile.graph import ModelGraph, OverlayStore, iterate_calls
+from lwcompile.program import Program
+from lwcompile.store import ParameterStore
+from lwcompile.tracing import capture_module
+
+aten = torch.ops.aten
+SHAPE: dict[str, Any] = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
+TINY: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
+"""Of logits, relative to the largest. 32 layers of random weights lose 0.05 to bf16's rounding; another function is off by 1."""
+PEER = "Inductor bf16"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is timed: decode of one token a sequence behind `tokens` cached ones, or prefill of `tokens`."""
+
+    kind: str
+    batch: int
+    tokens: int
+
+    @property
+    def made(self) -> int:
+        """Tokens that one call takes in."""
+        return self.batch * (self.tokens if self.kind == "prefill" else 1)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One side's step. bandwidth: bytes of weights read a second over a copy's. memory: of weights and one call, at its peak, in bytes.
+    speedup: the peer's time, the less of its two, over this one's. error: of the logits. Both None if the peer did not run.
+    """
+
+    what: str
+    kind: str
+    batch: int
+    tokens: int
+    graph: bool
+    milliseconds: float
+    per_second: float
+    weights: int
+    bandwidth: float
+    memory: int
+    speedup: float | None
+    error: float | None
+
+
+# --- the model, without its weights
+
+
+def llama(config: LlamaConfig, weight: Callable[[Sequence[int]], Tensor], device: str) -> LlamaForCausalLM:
+    """The model with each weight made of its shape alone."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    model.load_state_dict({name: weight(p.shape) for name, p in model.state_dict().items()}, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    return model
+
+
+class Nameless(OverlayStore):
+    """Tensors by number and not by content: of weights without values, all would be one."""
+
+    def put(self, tensor: Tensor) -> str:
+        return self.hold(tensor.detach())
+
+
+def captured(config: LlamaConfig) -> ModelGraph:
+    """The forward graph of input_ids, attention_mask and position_ids, int64 [B, S]. Each weight is a single 1, expanded."""
+    model = llama(config, torch.ones(()).expand, "cpu")
+    ids = torch.arange(32).view(2, 16)
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": ids % 16}
+    dynamic = {name: {0: "batch", 1: "sequence"} for name in example}
+    return capture_module(model, example | {"use_cache": False}, dynamic, store=Nameless(ParameterStore()))[0]
+
+
+def pack(graph: ModelGraph, bits: int, mlp_bits: int, group: int) -> None:
+    """Every matrix becomes a read of packed codes, scales and zero points on the meta device."""
+    for node in list(iterate_calls(graph, aten.linear.default, aten.embedding.default)):
+        place = 1 if node.target is aten.linear.default else 0
+        name = str(node.args[place].target)  # type: ignore[union-attr]
+        format = NumericFormat(mlp_bits if ".mlp." in name else bits, group)
+        rows, width = graph.store.shape(graph.tensors[name])
+        codes, grid = (torch.empty(rows, n, device="meta") for n in (width, format.groups(width)))
+        parts = QuantizedTensor.of(format, codes, grid, grid).pack()
+        with graph.graph.inserting_before(node):
+            reads = [graph.get_attr(f"{name}.{part}", parts[part]) for part in ("codes", "scale", "zero")]
+            args = (*reads, format.bits, format.group(width), width)
+            dense = graph.graph.call_function(torch.ops.lwcompile.dequantize.default, args)
+        node.args = (*node.args[:place], dense, *node.args[place + 1 :])
+    graph.prune()
+
+
+def filled(stored: Stored, device: str) -> dict[str, Tensor]:
+    """What the package stores, on the device: random codes and zero points, and scales that keep activations of one size."""
+    random = torch.Generator(device).manual_seed(0)
+    made = {name: tensor.contiguous().to(device) for name, tensor in stored.tensors.items() if not tensor.is_meta}
+    for name, form in stored.packed.items():
+        words, scale, zero = (stored.tensors[f"{name}.{part}"].shape for part in ("words", "scale", "zero"))
+        size = 2 ** form["bits"]
+        made[f"{name}.words"] = torch.randint(-(1 << 31), 1 << 31, words, dtype=torch.int32, device=device, generator=random)
+        made[f"{name}.zero"] = torch.randint(0, size, zero, dtype=torch.uint8, device=device, generator=random)
+        steps = torch.rand(scale, device=device, generator=random) + 0.5
+        made[f"{name}.scale"] = (steps * (2 / (size * math.sqrt(form["in_features"])))).half()
+    return made
+
+
+# --- the sides
+
+
+def inputs(config: LlamaConfig, step: Step, device: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Tokens, mask and positions by name, and a decode step's cache: key, value, key, ... [B, kv_heads, P, width]."""
+    random = torch.Generator(device).manual_seed(1)
+    past, new = (step.tokens, 1) if step.kind == "decode" else (0, step.tokens)
+    ids = torch.randint(0, config.vocab_size, (step.batch, new), device=device, generator=random)
+    named = {
+        "input_ids": ids,
+        "attention_mask": torch.ones(step.batch, past + new, dtype=torch.int64, device=device),
+        "position_ids": torch.arange(past, past + new, device=device).expand(step.batch, -1).contiguous(),
+    }
+    shape = (step.batch, config.num_key_value_heads, past, config.head_dim)
+    count = 2 * config.num_hidden_layers if past else 0
+    return named, [torch.randn(shape, device=device, generator=random).to(dtype) for _ in range(count)]  # type: ignore[arg-type]
+
+
+class Ours:
+    """What the Triton backend writes for the captured graph at some widths."""
+
+    def __init__(
+        self, graph: ModelGraph, config: LlamaConfig, plan: str, group: int, folder: Path, device: str, dtype: torch.dtype
+    ) -> None:
+        self.name, self.config, self.device, self.dtype = f"lwcompile {plan}", config, device, dtype
+        bits = [int(width) for width in plan.split("/")]
+        graph = graph.copy()
+        pack(graph, bits[0], bits[-1], group)
+        package = f"packed_{plan.replace('/', '_')}"
+        program = Program({"forward": graph, "decode": derive_decode(graph, check=False)}, graph.store, "causal-lm", package)
+        stored = filled(write_source(program, folder / package), device)
+        self.model = importlib.import_module(package).load(device, dtype, stored)
+        self.stored = sum(t.nbytes for t in stored.values())
+        self.read = self.stored - sum(t.nbytes for name, t in stored.items() if name.startswith("model.embed_tokens"))
+
+    def call(self, step: Step) -> Callable[[], Tensor]:
+        """A function that gives logits [B, S, vocabulary]."""
+        named, cache = inputs(self.config, step, self.device, self.dtype)
+        pasts = [f"past_key_values.{i // 2}.{'value' if i % 2 else 'key'}" for i in range(len(cache))]
+        entry = "decode" if step.kind == "decode" else "forward"
+        return lambda: self.model.run(entry, named | dict(zip(pasts, cache)))["logits"]
+
+    def dense(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and values of what is stored, the packed ones dequantized; those stored as one, one after the other."""
+        for name, weight in self.model.weights.items():
+            yield name, weight if isinstance(weight, Tensor) else weight.dequantize()
+
+
+@dataclass
+class Slot:
+    """A layer's static cache: key and value [B, kv_heads, P + 1, width], of which a step writes the position `last`, int64 [1]."""
+
+    key: Tensor
+    value: Tensor
+    last: Tensor
+
+    def update(self, key: Tensor, value: Tensor, _: int) -> tuple[Tensor, Tensor]:
+        """As transformers' caches."""
+        return self.key.index_copy_(2, self.last, key), self.value.index_copy_(2, self.last, value)
+
+
+class Peer:
+    """transformers' own model, dense: layer after layer as its forward calls them, without a mask, which neither step needs."""
+
+    def __init__(self, config: LlamaConfig, device: str, dtype: torch.dtype) -> None:
+        self.name, self.config, self.device, self.dtype = PEER, config, device, dtype
+        self.model = llama(config, lambda shape: torch.empty(shape, dtype=dtype, device=device), device)
+        self.stored = sum(p.nbytes for p in self.model.parameters())
+        self.read = self.stored - self.model.model.embed_tokens.weight.nbytes
+        self.run, self.start, self.block, self.end = self._run, self._start, self._block, self._end
+
+    def compile(self, whole: bool) -> None:
+        compiled: Any = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+        if whole:
+            self.run = compiled(self._run)
+        else:
+            self.start, self.block, self.end = map(compiled, (self._start, self._block, self._end))
+
+    @torch.no_grad()
+    def fill(self, other: Ours) -> None:
+        """Take the values of the other's weights, in place."""
+        own = dict(self.model.named_parameters())
+        for names, weight in other.dense():
+            parts = [own[name] for name in names.split(" + ") if name in own]
+            for part, rows in zip(parts, weight.split([len(p) for p in parts]) if parts else ()):
+                part.copy_(rows)
+
+    def call(self, step: Step) -> Callable[[], Tensor]:
+        """A function that gives logits [B, S, vocabulary]."""
+        named, past = inputs(self.config, step, self.device, self.dtype)
+        ids, positions = named["input_ids"], named["position_ids"]
+        last = positions[0, -1:].clone()
+        grown = [torch.cat([tensor, torch.zeros_like(tensor[:, :, :1])], 2) for tensor in past]
+        slots = [Slot(key, value, last) for key, value in zip(grown[::2], grown[1::2])]
+        return torch.no_grad()(lambda: self.run(ids, positions, slots or [None] * self.config.num_hidden_layers))
+
+    def _run(self, ids: Tensor, positions: Tensor, slots: Sequence[Slot | None]) -> Tensor:
+        hidden, rotary = self.start(ids, positions)
+        for layer, slot in zip(self.model.model.layers, slots):
+            hidden = self.block(layer, hidden, rotary, slot)
+        return self.end(hidden)
+
+    def _start(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        hidden = self.model.model.embed_tokens(ids)
+        return hidden, self.model.model.rotary_emb(hidden, position_ids=positions)
+
+    def _block(self, layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], slot: Slot | None) -> Tensor:
+        return layer(hidden, position_embeddings=rotary, past_key_values=slot)
+
+    def _end(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(self.model.model.norm(hidden))
+
+
+# --- timing
+
+
+def difference(ours: Ours, peer: Peer, mine: Callable[[], Tensor], others: Callable[[], Tensor]) -> float:
+    """How far the logits are from the peer's, which takes our weights, relative to the largest.
+
+    Raises:
+        ValueError: past what rounding explains.
+    """
+    peer.fill(ours)
+    wanted = others().float()
+    found = float((mine().float() - wanted).abs().max() / wanted.abs().max())
+    if not found <= TOLERANCE[ours.dtype]:
+        raise ValueError(f"logits are wrong by {found:.2g} of the largest")
+    return found
+
+
+def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
+    """What replays a call that has run before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def working_memory(call: Callable[[], Any]) -> int:
+    """Bytes that a call takes beyond what is held before it, at its peak."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def time_of(call: Callable[[], Any], repeats: int, warm: int) -> float:
+    """Median milliseconds of a call, launched as a user would, after `warm` of them."""
+    for _ in range(warm):
+        call()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+class Bench:
+    """The sides, timed in turn; what cannot be run is in `missing`."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds, self.missing = rounds, {}
+        self.peer: Peer | None = None
+        self.ours: list[Ours] = []
+
+    @contextlib.contextmanager
+    def noted(self, what: str) -> Iterator[None]:
+        """A part that fails is a row with the reason, and the rest goes on."""
+        started = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            lines = str(error).strip().splitlines() or ["no reason given"]
+            self.missing[what] = f"{type(error).__name__}: {lines[0]}"
+            print(f"{what}: {self.missing[what]}", flush=True)
+        else:
+            print(f"{what}: {time.perf_counter() - started:.1f} s", flush=True)
+
+    def run(self, step: Step, bandwidth: float) -> Iterator[Timing]:
+        label = f"{step.kind}, batch {step.batch}, {step.tokens} tokens"
+        sides: list[Ours | Peer] = [*([] if self.peer is None else [self.peer]), *self.ours]
+        calls: dict[tuple[str, bool], Callable[[], Any]] = {}
+        memory, errors, milli = {}, {}, {}
+        for side in sides:
+            plain, replayed = (side.name, False), (side.name, True)
+            with self.noted(f"{label}: {side.name}, compiling"):
+                call = side.call(step)
+                call()
+                memory[side.name] = side.stored + working_memory(call)
+                calls[plain] = call
+            if isinstance(side, Ours) and self.peer is not None and {plain, (PEER, False)} <= calls.keys():
+                with self.noted(f"{label}: {side.name}, compared"):
+                    errors[side.name] = difference(side, self.peer, calls[plain], calls[PEER, False])
+            if plain in calls:
+                with self.noted(f"{label}: {side.name}, CUDA graph"):
+                    calls[replayed] = graphed(calls[plain])
+        warm, repeats = (2, 5) if step.kind == "prefill" else (5, 30)
+        with self.noted(f"{label}: timing"):
+            for key in [*calls] * self.rounds:
+                milli.setdefault(key, []).append(time_of(calls[key], repeats, warm))
+        seconds = {key: statistics.median(found) * 1e-3 for key, found in milli.items()}
+        peer = min((taken for (name, _), taken in seconds.items() if name == PEER), default=None)
+        for side in sides:
+            for key in ((side.name, False), (side.name, True)):
+                if (taken := seconds.get(key)) is None:
+                    continue
+                yield Timing(
+                    side.name, step.kind, step.batch, step.tokens, key[1], 1000 * taken, step.made / taken, side.read,
+                    side.read / taken / bandwidth, memory[side.name], peer and peer / taken, errors.get(side.name),
+                )  # fmt: skip
+
+
+def check(given: argparse.Namespace, folder: Path, device: str) -> None:
+    """Every step of every plan against the peer, in float32 on a tiny shape. `ValueError` where one is wrong."""
+    config = LlamaConfig(**TINY, num_hidden_layers=2, max_position_embeddings=64, tie_word_embeddings=False)
+    graph, peer = captured(config), Peer(config, device, torch.float32)
+    for plan in given.bits:
+        ours = Ours(graph, config, plan, 16, folder, device, torch.float32)
+        for step in (Step("decode", 1, 12), Step("decode", 2, 5), Step("prefill", 1, 9)):
+            found = difference(ours, peer, ours.call(step), peer.call(step))
+            print(f"{ours.name} bits, {step.kind}, batch {step.batch}, {step.tokens} tokens: error {found:.1e}")
+
+
+def measure(given: argparse.Namespace, folder: Path, device: str) -> dict[str, Any]:
+    config = LlamaConfig(
+        **SHAPE, num_hidden_layers=given.layers, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )  # fmt: skip
+    bench, bandwidth = Bench(given.rounds), copy_bandwidth()
+    names = ("torch", "triton", "transformers", "lwcompile")
+    result: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(), "device": torch.cuda.get_device_name(), "layers": given.layers,
+        "versions": {name: importlib.metadata.version(name) for name in names}, "copy_bytes_per_second": bandwidth,
+        "group": given.group, "timings": [], "missing": bench.missing,
+    }  # fmt: skip
+    with bench.noted("dense model in bf16"):
+        bench.peer = Peer(config, device, torch.bfloat16)
+        bench.peer.compile(given.whole)
+    with bench.noted("tracing"):
+        graph = captured(config)
+        for plan in given.bits:
+            with bench.noted(f"lwcompile {plan}"):
+                bench.ours.append(Ours(graph, config, plan, given.group, folder, device, torch.bfloat16))
+    decode = [Step("decode", batch, given.context) for batch in given.batches]
+    for step in decode + [Step("prefill", 1, tokens) for tokens in given.prefill]:
+        for made in bench.run(step, bandwidth):
+            result["timings"].append(asdict(made))
+            print(row(made), flush=True)
+        if given.write is not None:  # after each step: what is known by then outlives what comes
+            given.write.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result
+
+
+def row(t: Timing) -> str:
+    how = "CUDA graph" if t.graph else "call by call"
+    what = f"{t.what:16} {t.kind} batch {t.batch:2} tokens {t.tokens:5} {how:12} {t.milliseconds:9.3f} ms {t.per_second:10.1f} tokens/s"
+    weights = f"{t.weights / 1e9:6.2f} GB of weights, {t.bandwidth:5.1%} of a copy  {t.memory / 1e9:6.2f} GB at the peak"
+    speedup = "" if t.speedup is None else f"  {t.speedup:5.2f} x {PEER}"
+    return f"{what}  {weights}{speedup}" + ("" if t.error is None else f"  logits within {t.error:.1e}")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", nargs="+", default=["4"], help="widths of our weights; 4/3 for 3 in the MLPs and 4 elsewhere")
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1], help="sequences that decode together")
+    parser.add_argument("--context", type=int, default=512, help="cached tokens of each sequence that decodes")
+    parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048], help="tokens of a prompt")
+    parser.add_argument("--whole", action="store_true", help="compile the peer as one graph: a minute or more for each step")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", type=Path, help="a JSON file for the results")
+    parser.add_argument("--check", action="store_true", help="only compare with the peer on a tiny shape, in float32")
+    given = parser.parse_args(arguments)
+    for plan in given.bits:
+        widths = plan.split("/")
+        if len(widths) > 2 or not all(width in {"2", "3", "4", "5", "6", "7", "8"} for width in widths):
+            parser.error(f"--bits takes 2 to 8, or two of them as in 4/3, not {plan}")
+    return given
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parse(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not given.check:
+        print("there is no GPU here; --check compares with the peer anywhere, with TRITON_INTERPRET=1", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as name:
+        sys.path.insert(0, name)  # the written packages are imported from here
+        if given.check:
+            check(given, Path(name), device)
+            return 0
+        result = measure(given, Path(name), device)
+    return 1 if result["missing"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

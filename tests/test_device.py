@@ -1,0 +1,106 @@
+"""Passes on another device than the CPU, pretended (`pretend_device`): nothing is left behind there, and the bytes are the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pretend_device
+import pytest
+import tiny
+
+from lwcompile.budget import Budget
+from lwcompile.manager import Manager
+from lwcompile.pipeline import Settings, session
+from lwcompile.plans import Plan
+from lwcompile.program import Program
+from lwcompile.recipe import Recipe
+from lwcompile.registry import make
+from lwcompile.session import Session
+from lwcompile.spec import Spec
+
+DATA = {"dataset": "random", "samples": 8, "seqlen": 12}
+FOUR = "quantize{bits=4,group_size=16}"
+P = Spec.parse
+
+
+@pytest.fixture(autouse=True)
+def installed() -> None:
+    pretend_device.install()
+
+
+def started(folder: Path, device: str, program: Program, **given: object) -> Session:
+    recipe = Recipe.named("fast").with_(calibration=DATA, evaluation=DATA, **given)  # type: ignore[arg-type]
+    return session(program, Settings(recipe=recipe, backend="program", run_dir=folder / device, device=device))
+
+
+def test_a_tensor_left_behind_is_found() -> None:
+    import torch
+
+    with pretend_device.Pretend():
+        there = torch.ones(3).to(pretend_device.NAME)
+        with pytest.raises(RuntimeError, match="are not on gpu"):
+            there + torch.ones(3)
+        assert (there + torch.ones(())).sum().item() == 6
+
+
+def test_a_whole_run_is_the_same(tmp_path: Path) -> None:
+    formats = [P("quantize{bits=[3,4],group_size=16,solver=gptq}")]
+    mlp = [P(text) for text in ("drop", "prune_mlp", f"prune_mlp + {FOUR}")]
+    found = []
+    for device in ("cpu", pretend_device.NAME):
+        with pretend_device.Pretend():
+            run = started(
+                tmp_path, device, tiny.llama_program(),
+                options={"linear": formats, "embedding": formats, "mlp": mlp, "attention": [P("drop")]},
+                allocator=P("search{evaluations=3}"),
+                analyses=[P("fisher"), P("measured{only=[drop,prune_mlp],joint=false}")],
+                budget=Budget(avg_bits=14),
+            )  # fmt: skip
+            plan = run.plan()
+            made = run.compress(plan)
+            healed = made.copy()
+            assert Manager(run._ready()).heal(healed, run.dense, make("passes", P("distill{steps=3}"))) is not None
+            found.append((plan.choices, made.digest(), healed.digest(), run.measure(healed)["damage"].mean))
+    assert found[0] == found[1]
+
+
+SUBLAYERS = {
+    "drop": ("mlp", "drop"),
+    "prune": ("mlp", "prune_mlp{ratio=0.5}"),
+    "window": ("attention", "window{size=4}"),
+    "linear": ("attention", "linear{window=4,steps=4}"),
+    "latent": ("attention", "latent{rank=8}"),
+    "low rank": ("mlp.down_proj", "low_rank{rank=8}"),
+    "corrected": ("mlp.down_proj", "quantize{bits=3,group_size=16,rank=4}"),
+    "hqq": ("mlp.down_proj", "quantize{bits=3,group_size=16,solver=hqq}"),
+    "frozen": ("mlp.norm", "freeze_norm"),
+}
+
+
+@pytest.mark.parametrize("name", SUBLAYERS)
+def test_a_transform_writes_the_same_bytes(name: str, tmp_path: Path) -> None:
+    where, option = SUBLAYERS[name]
+    made = []
+    for device in ("cpu", pretend_device.NAME):
+        with pretend_device.Pretend():
+            run = started(tmp_path, device, tiny.llama_program())
+            made.append(run.compress(Plan({f"block1.{where}": (P(option),)})).digest())
+    assert made[0] == made[1] != tiny.llama_program().digest()
+
+
+@pytest.mark.parametrize("analysis", ["lim", "zd", "block_influence", "gates{steps=2}", "trajectory", "fisher", "measured"])
+def test_an_analysis_finds_the_same(analysis: str, tmp_path: Path) -> None:
+    found = []
+    for device in ("cpu", pretend_device.NAME):
+        with pretend_device.Pretend():
+            run = started(
+                tmp_path,
+                device,
+                tiny.llama_program(),
+                analyses=[P(analysis)],
+                options={"mlp": [P("drop")]},
+                budget=Budget(avg_bits=30),
+            )
+            assert run.damages
+            found.append(run.annotations)
+    assert repr(found[0]) == repr(found[1])
