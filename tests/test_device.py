@@ -73,7 +73,7 @@ SUBLAYERS = {
     "low rank": ("mlp.down_proj", "low_rank{rank=8}"),
     "corrected": ("mlp.down_proj", "quantize{bits=3,group_size=16,rank=4}"),
     "hqq": ("mlp.down_proj", "quantize{bits=3,group_size=16,solver=hqq}"),
-    "frozen": ("mlp.norm", "freeze_norm"),
+    "frozen": ("mlp.post_attention_layernorm", "freeze_norm"),
 }
 
 
