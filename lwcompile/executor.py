@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -186,7 +187,7 @@ class Executor:
     def _call(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
         """What a call makes. Graphs are captured on the CPU: what they make anew is made on the device that runs them."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-        if "device" in kwargs:
+        if "device" in kwargs or _makes_anew(node.target):
             kwargs = {**kwargs, "device": self.device}
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -219,6 +220,15 @@ def _recorder(seen: dict[str, Tensor], key: str) -> Tap:
         return value
 
     return record
+
+
+@cache
+def _makes_anew(target: Any) -> bool:
+    """Whether an operator makes a tensor from none, such as `arange`."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    arguments = target._schema.arguments
+    return any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
 
 
 def _link(name: str, earlier: Mapping[str, tuple[dict[str, str], str]]) -> str | None:

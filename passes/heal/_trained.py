@@ -254,8 +254,7 @@ class Training(Executor):
             return self.sources[node].value(wide=all(user.target is DEQUANTIZE for user in node.users))
         if node.target is DEQUANTIZE and node.args[0] in self.sources:
             return self._on_grid(node)
-        args, kwargs = self._values((node.args, node.kwargs))
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return self._call(node, self.constant)
 
     def _values(self, args: Any) -> Any:
         return fx.map_arg(args, self.constant)
