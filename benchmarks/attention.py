@@ -59,11 +59,12 @@ class Trial:
     def __init__(self, dense: Program, options: argparse.Namespace) -> None:
         self.dense = dense
         fitted, judged, size = _data(dense, options)
-        self.ctx = Context(calibration=fitted, program=dense, batch_size=1 if size == 1 else 4)
+        self.ctx = Context(calibration=fitted, program=dense, batch_size=1 if size == 1 else 4, device=options.device)
         self.structure = self.ctx.find_structure(dense)
         self.metric = Kl() if size == 1 else FeatureKl(batch=size)
         batches = list(judged.batches(size, [i.name for i in dense.main.inputs]))
-        self.cache = PrefixCache(dense, batches, keep=lambda outputs, batch: self.metric.keep(outputs, batch, torch.float32))
+        keep = lambda outputs, batch: self.metric.keep(outputs, batch, torch.float32)  # noqa: E731
+        self.cache = PrefixCache(dense, batches, device=options.device, keep=keep)
 
     def edited(self, form: str, layers: list[int]) -> Program:
         return self.ctx.edited(self.dense, [f"block{i}.attention" for i in layers], [Spec.parse(form)])

@@ -28,6 +28,7 @@ from lwcompile.manager import Manager
 from lwcompile.oracle import Oracle
 from lwcompile.pipeline import Settings, session
 from lwcompile.plans import Plan
+from lwcompile.program import Program
 from lwcompile.progress import terminal_progress
 from lwcompile.recipe import Recipe
 from lwcompile.registry import make
@@ -79,16 +80,29 @@ def spent(plan: Plan) -> str:
     return ", ".join([*words, *([f"{len(narrow)} MLPs narrowed"] if narrow else [])])
 
 
-def healed(run: Session, made: Any, texts: Path, tokens: int) -> Any:
-    """The program distilled on fresh windows of the calibration text, as many steps as `tokens` take."""
+def planned(run: Session, case: str, size: str, options: argparse.Namespace) -> Plan:
+    """The plan of an earlier run in this run directory, or a new one. `InfeasibleBudget` where none fits."""
+    kept = options.run_dir / f"{case.replace(' ', '-')}-{size}.yaml"
+    if kept.is_file():
+        return Plan.load(kept)
+    table = run.table
+    search = make("allocators", Spec.of("search", evaluations=options.evaluations))
+    with run.progress.task(f"{case}, {size}", options.evaluations) as task:
+        oracle = Oracle(run.dense, run.structure, run._ready(), options.tokens, task)
+        offered = table.offering(lambda choice: CASES[case](choice.options))
+        plan = search.allocate(offered, Budget(bytes=parse_size(size)), oracle)
+    plan.save(kept, table)
+    return plan
+
+
+def healed(run: Session, made: Program, options: argparse.Namespace) -> Program | None:
+    """The program distilled on windows of the calibration text, as many steps as the tokens take; None if refused."""
     seqlen, batch = 256, 8
-    steps = max(1, round(tokens / (seqlen * batch)))
-    text = load_dataset(
-        texts_of.calibration(texts), tokenizer=run.program.tokenizer(), samples=tokens // seqlen + 16, seqlen=seqlen
-    )
+    samples = options.heal // seqlen + 16
+    text = load_dataset(texts_of.calibration(options.texts), tokenizer=run.program.tokenizer(), samples=samples, seqlen=seqlen)
     ctx, copy = dataclasses.replace(run._ready(), calibration=text), made.copy()
-    done = Manager(ctx).heal(copy, run.dense, make("passes", Spec.of("distill", steps=steps)))
-    return copy if done is not None else None
+    healer = dataclasses.replace(make("passes", Spec.parse(options.healer)), steps=max(1, round(options.heal / (seqlen * batch))))
+    return copy if Manager(ctx).heal(copy, run.dense, healer) is not None else None
 
 
 def main() -> None:
@@ -99,52 +113,37 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=64, help="whole plans that each search measures")
     parser.add_argument("--tokens", type=int, default=2048, help="calibration tokens that each of them runs over")
     parser.add_argument("--heal", type=int, default=100_000, help="tokens to distil on; 0 heals nothing")
-    parser.add_argument("--run-dir", type=Path, default=Path("lwcompile-runs/budget"))
+    parser.add_argument("--healer", default="distill", help="how; the steps follow from the tokens")
+    parser.add_argument("--run-dir", type=Path, default=Path("lwcompile-runs/budget"), help="keeps scores and plans")
     parser.add_argument("--out", type=Path, help="add the rows to this file as JSON lines")
     options = parser.parse_args()
-    dense = program("smollm2")
-    run = session(dense, Settings(recipe=recipe(options.texts), run_dir=options.run_dir), terminal_progress())
-    table = run.table
+    settings = Settings(recipe=recipe(options.texts), run_dir=options.run_dir, device=options.device)
+    run = session(program("smollm2"), settings, terminal_progress())
     print(
         "| size | way | plan | predicted | searched on calibration text | KL, nats a token | healed |\n|---|---|---|---|---|---|---|"
     )
     for size in options.sizes:
         for case in options.cases:
             started = time.process_time()
-            search = make("allocators", Spec.of("search", evaluations=options.evaluations))
-            with run.progress.task(f"{case}, {size}", options.evaluations) as task:
-                oracle = Oracle(run.dense, run.structure, run._ready(), options.tokens, task)
-                try:
-                    plan = search.allocate(
-                        table.offering(lambda choice, case=case: CASES[case](choice.options)),
-                        Budget(bytes=parse_size(size)),
-                        oracle,
-                    )
-                except InfeasibleBudget as error:
-                    print(f"| {size} | {case} | {error} | | | | |", flush=True)
-                    continue
+            try:
+                plan = planned(run, case, size, options)
+            except InfeasibleBudget as error:
+                print(f"| {size} | {case} | {error} | | | | |", flush=True)
+                continue
             made = run.compress(plan)
             found, after = run.measure(made)["damage"], None
-            if options.heal and (better := healed(run, made, options.texts, options.heal)) is not None:
+            if options.heal and (better := healed(run, made, options)) is not None:
                 after = run.measure(better)["damage"]
             cells = [size, case, spent(plan), f"{plan.predicted:.3f}"]
             cells += [f"{plan.origin['conditional_at_start']:.3f} to {plan.conditional:.3f}"]
             cells += ["" if e is None else f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})" for e in (found, after)]
-            print(
-                "| " + " | ".join(map(str, cells)) + f" | <!-- {time.process_time() - started:.0f} s of processor time -->",
-                flush=True,
-            )
-            plan.save(options.run_dir / f"{case.replace(' ', '-')}-{size}.yaml", table)
+            took = f"<!-- {time.process_time() - started:.0f} s of processor time -->"
+            print(f"| {' | '.join(cells)} | {took}", flush=True)
             if options.out is not None:
-                row = {
-                    "size": size,
-                    "case": case,
-                    "plan": str(spent(plan)),
-                    "damage": found.to_json(),
-                    "healed": after and after.to_json(),
-                }
+                row = {"size": size, "case": case, "plan": spent(plan), "damage": found.to_json()}
+                row |= {"healer": options.healer, "healed": after and after.to_json(), "origin": plan.origin, "bytes": plan.bytes}
                 with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row | {"origin": plan.origin, "bytes": plan.bytes}) + "\n")
+                    file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

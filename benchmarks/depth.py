@@ -47,19 +47,19 @@ SEQLEN = 256
 class Judge:
     """The rise in log-perplexity over the dense model on the first tokens of each text."""
 
-    def __init__(self, dense: Program, texts: Mapping[str, str], tokens: int) -> None:
+    def __init__(self, dense: Program, texts: Mapping[str, str], tokens: int, device: str) -> None:
         sets = {
             name: load_dataset(path, tokenizer=dense.tokenizer(), samples=tokens // SEQLEN, seqlen=SEQLEN, order="sequential")
             for name, path in texts.items()
         }
-        names = Executor(dense).inputs()
+        names, self.device = Executor(dense).inputs(), device
         self.batches = {name: list(found.batches(2, names)) for name, found in sets.items()}
         self.dense = {name: self.losses(dense, name)[0] for name in sets}
 
     @torch.no_grad()
     def losses(self, made: Program, text: str) -> tuple[Tensor, Tensor]:
         """-log p of each next token, and the window it stands in."""
-        executor, values, windows, seen = Executor(made), [], [], 0
+        executor, values, windows, seen = Executor(made, self.device), [], [], 0
         for batch in self.batches[text]:
             loss, rows = next_token_loss(executor.run(batch), batch)
             values.append(loss)
@@ -79,7 +79,7 @@ class Choosing:
     def __init__(self, dense: Program, options: argparse.Namespace, offered: dict[str, list[Spec]], analyses: list[str]) -> None:
         data = {"dataset": texts_of.calibration(options.texts), "samples": 16, "seqlen": SEQLEN}
         recipe = Recipe.named("fast").with_(options=offered, analyses=analyses, calibration=data)
-        settings = Settings(recipe=recipe, backend="program", run_dir=options.run_dir)
+        settings = Settings(recipe=recipe, backend="program", run_dir=options.run_dir, device=options.device)
         self.run: Session = session(dense, settings, terminal_progress())
         self.table = self.run.table
         self.oracle = Oracle(self.run.dense, self.run.structure, self.run.context, tokens=options.tokens)
@@ -195,7 +195,7 @@ def main() -> None:
     counts = options.removed or ([6, 12] if options.rows == "orders" else [3, 6])
     dense = program("smollm2")
     paths = texts_of.evaluations(options.texts)
-    judge = Judge(dense, {name: paths[name] for name in options.judged}, options.judge_tokens)
+    judge = Judge(dense, {name: paths[name] for name in options.judged}, options.judge_tokens, options.device)
     head = [
         "order",
         "removed" if options.rows == "orders" else "blocks",

@@ -52,10 +52,11 @@ def main() -> None:
     fitted = load_dataset(texts_of.calibration(options.texts), samples=options.fitted // LENGTH, **sizes)
     text = texts_of.evaluations(options.texts)[options.text]
     judged = load_dataset(text, samples=options.tokens // LENGTH, order="sequential", **sizes)
-    ctx, metric = Context(calibration=fitted, program=dense, batch_size=2), Kl()
+    ctx, metric = Context(calibration=fitted, program=dense, batch_size=2, device=options.device), Kl()
     structure = ctx.find_structure(dense)
     batches = list(judged.batches(1, [i.name for i in dense.main.inputs]))
-    cache = PrefixCache(dense, batches, keep=lambda outputs, batch: metric.keep(outputs, batch, torch.float32))
+    keep = lambda outputs, batch: metric.keep(outputs, batch, torch.float32)  # noqa: E731
+    cache = PrefixCache(dense, batches, device=options.device, keep=keep)
     print(f"dense: {dense.nbytes() / 1e6:.1f} MB, {cache_bytes_per_token(dense.main)} bytes of cache a token", flush=True)
     for spec in map(Spec.parse, options.options):
         started, kind = time.perf_counter(), make("passes", spec).kinds[0]

@@ -143,7 +143,8 @@ def run_of(name: str, options: argparse.Namespace, scratch: Path) -> Session:
     recipe = Recipe.named("fast").with_(
         analyses=[Spec.parse(f"measured{{tokens={options.tokens}}}")], options={"norm": [offered]}, **data
     )
-    settings = Settings(recipe=recipe, backend="program", run_dir=options.run_dir / name, heal=options.healer or case.healer)
+    settings = Settings(recipe=recipe, backend="program", run_dir=options.run_dir / name, heal=options.healer or case.healer,
+                        device=options.device)  # fmt: skip
     return session(program(name), settings, terminal_progress())
 
 

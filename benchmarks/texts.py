@@ -50,7 +50,9 @@ def write(folder: Path) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """What benchmarks on texts share."""
     parser.add_argument("--texts", type=Path, default=Path("texts"), help="folder that `python -m benchmarks.texts` wrote")
+    parser.add_argument("--device", default="cpu", help="what the model runs on: cpu or cuda")
 
 
 def calibration(folder: Path) -> str:
