@@ -95,14 +95,15 @@ def planned(run: Session, case: str, size: str, options: argparse.Namespace) -> 
     return plan
 
 
-def healed(run: Session, made: Program, options: argparse.Namespace) -> Program | None:
+def healed(run: Session, made: Program, healer: str, options: argparse.Namespace) -> Program | None:
     """The program distilled on windows of the calibration text, as many steps as the tokens take; None if refused."""
     seqlen, batch = 256, 8
     samples = options.heal // seqlen + 16
     text = load_dataset(texts_of.calibration(options.texts), tokenizer=run.program.tokenizer(), samples=samples, seqlen=seqlen)
     ctx, copy = dataclasses.replace(run._ready(), calibration=text), made.copy()
-    healer = dataclasses.replace(make("passes", Spec.parse(options.healer)), steps=max(1, round(options.heal / (seqlen * batch))))
-    return copy if Manager(ctx).heal(copy, run.dense, healer) is not None else None
+    steps = max(1, round(options.heal / (seqlen * batch)))
+    done = Manager(ctx).heal(copy, run.dense, dataclasses.replace(make("passes", Spec.parse(healer)), steps=steps))
+    return copy if done is not None else None
 
 
 def main() -> None:
@@ -113,35 +114,37 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=64, help="whole plans that each search measures")
     parser.add_argument("--tokens", type=int, default=2048, help="calibration tokens that each of them runs over")
     parser.add_argument("--heal", type=int, default=100_000, help="tokens to distil on; 0 heals nothing")
-    parser.add_argument("--healer", default="distill", help="how; the steps follow from the tokens")
+    parser.add_argument("--healers", nargs="*", default=["distill"], help="how, one or more; the steps follow from the tokens")
     parser.add_argument("--run-dir", type=Path, default=Path("lwcompile-runs/budget"), help="keeps scores and plans")
     parser.add_argument("--out", type=Path, help="add the rows to this file as JSON lines")
     options = parser.parse_args()
     settings = Settings(recipe=recipe(options.texts), run_dir=options.run_dir, device=options.device)
     run = session(program("smollm2"), settings, terminal_progress())
-    print(
-        "| size | way | plan | predicted | searched on calibration text | KL, nats a token | healed |\n|---|---|---|---|---|---|---|"
-    )
+    healers = options.healers if options.heal else []
+    head = ["size", "way", "plan", "predicted", "searched on calibration text", "KL, nats a token", *healers]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
     for size in options.sizes:
         for case in options.cases:
             started = time.process_time()
             try:
                 plan = planned(run, case, size, options)
             except InfeasibleBudget as error:
-                print(f"| {size} | {case} | {error} | | | | |", flush=True)
+                print(f"| {size} | {case} | {error} |{' |' * (len(head) - 3)}", flush=True)
                 continue
             made = run.compress(plan)
-            found, after = run.measure(made)["damage"], None
-            if options.heal and (better := healed(run, made, options)) is not None:
-                after = run.measure(better)["damage"]
+            found, after = run.measure(made)["damage"], {}
+            for healer in healers:
+                better = healed(run, made, healer, options)
+                after[healer] = None if better is None else run.measure(better)["damage"]
             cells = [size, case, spent(plan), f"{plan.predicted:.3f}"]
             cells += [f"{plan.origin['conditional_at_start']:.3f} to {plan.conditional:.3f}"]
-            cells += ["" if e is None else f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})" for e in (found, after)]
+            cells += ["refused" if e is None else f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})" for e in (found, *after.values())]
             took = f"<!-- {time.process_time() - started:.0f} s of processor time -->"
             print(f"| {' | '.join(cells)} | {took}", flush=True)
             if options.out is not None:
                 row = {"size": size, "case": case, "plan": spent(plan), "damage": found.to_json()}
-                row |= {"healer": options.healer, "healed": after and after.to_json(), "origin": plan.origin, "bytes": plan.bytes}
+                row |= {"healed": {healer: e and e.to_json() for healer, e in after.items()}}
+                row |= {"origin": plan.origin, "bytes": plan.bytes}
                 with options.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
 

@@ -232,7 +232,7 @@ def test_messages_say_what_could_be_met() -> None:
             InfeasibleBudget, match=r"no plan fits in 99 bytes \(3.96 bits\): the smallest plan is 100 bytes \(4.00 "
         ):
             allocator.allocate(table, Budget(bytes=99))
-    with pytest.raises(InfeasibleBudget, match=r"drops exactly 3 sublayers with the options offered: 0 can be dropped"):
+    with pytest.raises(InfeasibleBudget, match=r"drops exactly 3 sublayers with the options offered: 0 can be dropped; offer it"):
         EXACT.allocate(table, Budget(drop_sublayers=3))
     with pytest.raises(InfeasibleBudget, match=r"the least is 0.3; the smallest plan within that damage is 250 bytes"):
         EXACT.allocate(table, Budget(bytes=100, max_damage=0.03))

@@ -98,7 +98,10 @@ def _explain(program: _Program, table: OptionTable, budget: Budget, limit: int |
             program.solve("fewest_drops", None, None, (count[0], None)),
         )
         near = [str(len(table.evaluate(found).dropped)) for found, _ in ends if found is not None]
-        return f"no plan drops exactly {count[0]} sublayers with the options offered: {' or '.join(near)} can be dropped"
+        offering = "; offer it in the recipe, as in `options: {attention: drop, mlp: drop}`" if near == ["0"] else ""
+        return (
+            f"no plan drops exactly {count[0]} sublayers with the options offered: {' or '.join(near)} can be dropped{offering}"
+        )
     least = table.evaluate(smallest).bytes
     if limit is not None and least > limit:
         return too_small(table, least, limit, budget)
