@@ -54,7 +54,7 @@ CASES: dict[str, Callable[[Options], bool]] = {
 def recipe(texts: Path) -> Recipe:
     specs = lambda *texts: tuple(map(Spec.parse, texts))  # noqa: E731
     return Recipe.named("quality").with_(
-        analyses=specs("fisher{tokens=8192}", "measured{only=[drop,prune_mlp],joint=false,tokens=1024}"),
+        analyses=specs("fisher{tokens=8192,only=quantize}", "measured{only=[drop,prune_mlp],joint=false,tokens=1024}"),
         options={
             "linear": specs(*NUMERIC), "embedding": specs(*NUMERIC), "attention": specs("drop"),
             "mlp": specs("drop", NARROW, WITH_BITS),

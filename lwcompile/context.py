@@ -68,6 +68,8 @@ class Context:
         rundir: results by content key; None computes everything anew.
         workdir: takes the activations that do not fit in `memory` bytes; a temporary folder if None.
         program: the dense program, whose activations solvers see unless `prefix` knows others.
+        device: where the model runs, and so where activations and gradients are. What is stored, solved or summed up (tensors of
+            a graph, statistics of inputs, cached results) is on the CPU; a pass moves what it wants elsewhere.
         batch_size: samples that run through the model together.
         energies: the importance of the calibration tokens, once it is known.
         derived: by the id of a site that a transform made, the site it came from and how its inputs follow from that one's.

@@ -41,7 +41,11 @@ from lwcompile.spec import Spec
 
 @dataclass(frozen=True)
 class Fisher(AnalysisPass):
-    """Predicted damage of each option on offer; for linears without options, the trace of their Fisher information as a score."""
+    """Predicted damage of each option on offer; for linears without options, the trace of their Fisher information as a score.
+
+    `only` names transforms: options of others are left to other analyses. `joint=false` passes over options that join two, each of
+    which is solved by itself here; they are then taken to do what both do alone.
+    """
 
     name: ClassVar[str] = "fisher"
     provides: ClassVar[tuple[str, ...]] = ("damage", "fisher")
@@ -49,13 +53,15 @@ class Fisher(AnalysisPass):
     tokens: int = 16384
     draws: int | None = None  # 1, or 8 of a joint metric, whose groups are few
     solver: Spec | None = field(default=Spec.parse("rtn{steps=6,refits=0}"))
+    only: str | tuple[str, ...] | None = None
+    joint: bool = True
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or (self.draws is not None and self.draws < 1):
             raise BadPlan(f"fisher needs at least one token and one draw, not {self.tokens} and {self.draws}")
 
     def run(self, program: Program, ctx: Context) -> Iterator[tuple[str, Spec, Damage] | tuple[str, Score]]:
-        jobs = ctx.offers(program)
+        jobs = [(unit, option) for unit, option in ctx.offers(program) if self._wants(option)]
         sites = ctx.find_structure(program).of_kind("linear")
         traced = [site for site in sites if site.weight is not None and site.id not in ctx.options]
         codes = sorted({code for option in {option for _, option in jobs} for code in ctx.code_of(option)})
@@ -70,3 +76,7 @@ class Fisher(AnalysisPass):
                 yield id, option, damage
         for site, row in zip(traced, found["traces"]):
             yield site.id, Score(**row)
+
+    def _wants(self, option: Spec) -> bool:
+        named = (self.only,) if isinstance(self.only, str) else self.only
+        return (named is None or option.name in named) and (self.joint or not option.then)
