@@ -269,3 +269,12 @@ def test_labels_are_drawn_as_often_as_the_model_says() -> None:
     counted = torch.bincount(drawn.flatten(), minlength=6) / 20000
     assert drawn.shape == (20000, 1) and (counted[p == 0] == 0).all()
     torch.testing.assert_close(counted, p, atol=0.015, rtol=0)
+
+
+def test_some_transforms_may_be_asked_for_alone() -> None:
+    program, joined = llama_program(), Spec.parse("prune_mlp + quantize{bits=7,group_size=16,solver=rtn}")
+    ctx = context({"block0.mlp": [DROP, joined], "block0.mlp.down_proj": [SEVEN]})
+    asked = lambda **options: {option for _, option in predict(program, ctx, **options)}  # noqa: E731
+    assert asked() == {DROP, joined, SEVEN}
+    assert asked(joint=False) == {DROP, SEVEN}
+    assert asked(only="quantize") == {SEVEN} and asked(only=("drop", "quantize")) == {DROP, SEVEN}
