@@ -48,8 +48,8 @@ def few(m: int, n: int, parts: int, q: int, stages: int = 1) -> Config:
 
 
 ONE_ROW = [gemv(16, 16, 4), gemv(32, 16, 3), gemv(8, 64, 3), gemv(8, 32, 4), gemv(16, 32, 3), gemv(8, 64, 1), gemv(16, 32, 1)]
-FEW_ROWS = ((16, 4, 2), (16, 8, 1), (16, 8, 2), (16, 16, 1), (32, 4, 2), (32, 8, 1), (32, 8, 2), (32, 16, 1), (16, 8, 1, 3))
-SIXTEEN_ROWS = [tile(16, 64, 4, 4, 4, 4), tile(16, 32, 8, 4, 4, 4)]
+FEW_ROWS = ((16, 8, 1), (16, 8, 2), (32, 8, 1), (32, 8, 2), (16, 4, 2), (32, 4, 2), (16, 16, 1), (32, 16, 1), (16, 8, 1, 3))
+SIXTEEN_ROWS = [few(16, 64, 4, 1), few(16, 64, 8, 1), tile(16, 64, 4, 4, 4, 4), tile(16, 32, 8, 4, 4, 4)]
 SOME_ROWS = [*(tile(64, 64, 2, split, 4, 4) for split in (1, 2, 4)), tile(64, 128, 2), tile(64, 128, 2, 2)]
 MANY_ROWS = [tile(128, 128, 2, 1, 8), {"DENSE": 1}]
 
@@ -60,7 +60,7 @@ def candidates(kernel: str, m: int) -> list[Config]:
         return [{"BLOCK_M": m, "BLOCK_C": c, "num_warps": 4, "num_stages": 1} for m, c in ((8, 16), (16, 8), (16, 16), (64, 2))]
     if m <= 16:
         found = [few(m, *sizes) for sizes in (FEW_ROWS[:6] if kernel == "gated" else FEW_ROWS)]
-        return found + (ONE_ROW if m == 1 else SIXTEEN_ROWS if m == 16 else [])
+        return found + (SIXTEEN_ROWS if m == 16 else [few(m, 16, 8, 4), *(ONE_ROW if m == 1 else [])])
     if kernel == "gated":
         return [tile(128, 64, 2, 1, 8), {"DENSE": 1}]
     return {64: SOME_ROWS, 256: [tile(64, 128, 2, 2), *MANY_ROWS]}.get(m, MANY_ROWS)

@@ -27,7 +27,7 @@ def fragment_words(
     at = (chunk * WIDTH)[:, :, :, :, None, None] + at[None, None, None, None, :, :]
     inside = (row < rows)[:, :, :, :, None, None] & (at < CHUNKS * WIDTH)
     start = words + row.to(tl.int64) * (CHUNKS * BITS) + BELOW * CHUNKS
-    return tl.load(start[:, :, :, :, None, None] + at, mask=inside, other=0)
+    return tl.load(start[:, :, :, :, None, None] + at, mask=inside, other=0, eviction_policy="evict_first")  # x may stay
 
 
 @triton.jit
