@@ -30,7 +30,7 @@ from benchmarks.gpu_kernels import TOLERANCE, _copy, _versions, time_of, weight_
 Config = dict[str, int]
 SHAPES = ((2048, 2048), (4096, 4096), (14336, 4096))
 """(N, K), by rising N: a rule found at one stands for all N up to it, the last for all above."""
-ROWS = {"dequantize": (4096,), "gemv": (1,), "matmul": (16, 64, 256, 1024, 4096), "gated": (1, 16, 256, 4096)}
+ROWS = {"dequantize": (4096,), "gemv": (1,), "matmul": (4, 16, 64, 256, 1024, 4096), "gated": (1, 4, 16, 256, 4096)}
 """M, likewise."""
 GROUP = 64
 
@@ -43,23 +43,27 @@ def tile(m: int, n: int, chunks: int, split: int = 1, warps: int = 4, stages: in
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_C": chunks, "SPLIT_K": split, "num_warps": warps, "num_stages": stages}
 
 
+def few(m: int, n: int, parts: int, q: int, stages: int = 1) -> Config:
+    return {"BLOCK_M": 8 if m <= 8 else 16, "BLOCK_N": n, "PARTS": parts, "Q": q, "num_warps": parts, "num_stages": stages}
+
+
 ONE_ROW = [gemv(16, 16, 4), gemv(32, 16, 3), gemv(8, 64, 3), gemv(8, 32, 4), gemv(16, 32, 3), gemv(8, 64, 1), gemv(16, 32, 1)]
-FEW_ROWS = [*(tile(16, 64, 4, split, 4, 4) for split in (1, 2, 4, 8)), *(tile(16, 32, 8, split, 4, 4) for split in (1, 2, 4)),
-            *(tile(16, 64, 8, split) for split in (1, 2, 4))]  # fmt: skip
+FEW_ROWS = ((16, 8, 1), (16, 8, 2), (32, 8, 1), (32, 8, 2), (16, 4, 2), (32, 4, 2), (16, 16, 1), (32, 16, 1), (16, 8, 1, 3))
+SIXTEEN_ROWS = [few(16, 64, 4, 1), few(16, 64, 8, 1), tile(16, 64, 4, 4, 4, 4), tile(16, 32, 8, 4, 4, 4)]
 SOME_ROWS = [*(tile(64, 64, 2, split, 4, 4) for split in (1, 2, 4)), tile(64, 128, 2), tile(64, 128, 2, 2)]
-MANY_ROWS = [tile(128, 128, 2, 1, 8), tile(128, 128, 2, 1, 8, 4), tile(64, 128, 2), {"DENSE": 1}]
+MANY_ROWS = [tile(128, 128, 2, 1, 8), {"DENSE": 1}]
 
 
 def candidates(kernel: str, m: int) -> list[Config]:
     """What is tried: a short list, since compiling takes longer than timing."""
     if kernel == "dequantize":
         return [{"BLOCK_M": m, "BLOCK_C": c, "num_warps": 4, "num_stages": 1} for m, c in ((8, 16), (16, 8), (16, 16), (64, 2))]
-    if m == 1:
-        return [*ONE_ROW, *(tile(16, 64, 4, split, 4, 4) for split in (1, 4, 8))]
+    if m <= 16:
+        found = [few(m, *sizes) for sizes in (FEW_ROWS[:6] if kernel == "gated" else FEW_ROWS)]
+        return found + (SIXTEEN_ROWS if m == 16 else [few(m, 16, 8, 4), *(ONE_ROW if m == 1 else [])])
     if kernel == "gated":
-        few = [tile(16, 64, 4, split) for split in (1, 2, 4)]
-        return few if m == 16 else [tile(64, 64, 2), tile(64, 128, 2, 1, 8), tile(128, 64, 2, 1, 8), {"DENSE": 1}]
-    return {16: FEW_ROWS, 64: SOME_ROWS, 256: [*SOME_ROWS, *MANY_ROWS]}.get(m, MANY_ROWS)
+        return [tile(128, 64, 2, 1, 8), {"DENSE": 1}]
+    return {64: SOME_ROWS, 256: [tile(64, 128, 2, 2), *MANY_ROWS]}.get(m, MANY_ROWS)
 
 
 def points(widths: list[int]) -> Iterator[tuple[str, int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,8 @@ from lwcompile.errors import VerificationError
 
 HARDEST = (
     "gemv, 3 bits, RMSNorm and gate",
+    "few, 3 bits, M = 16",
+    "few, 3 bits, RMSNorm and gate, M = 16",
     "matmul, 3 bits, M = 16",
     "matmul, 4 bits, gate, M = 256",
     "finish, 8 parts, gate",
@@ -43,9 +46,19 @@ def test_a_kernel_becomes_a_cubin(name: str, target: int) -> None:
 def test_memory_is_read_and_written_16_bytes_at_a_time(name: str) -> None:
     """It hangs on the order of loads (`load_tile`): tiles once went to shared memory two bytes at a time."""
     text = compiled(next(case for case in cases(90, (4,)) if case.name == name), 90).asm["ptx"]
-    words = "ld.global.v4.b32" if name.startswith("dequantize") else "cp.async.cg.shared.global"
-    assert words in text and "st.shared.b16" not in text
+    assert any(words in text for words in ("ld.global.v4.b32", "cp.async.cg.shared.global"))
+    assert "st.shared.b16" not in text or name.startswith("gemv"), "but for scales of one row"
     assert not name.startswith("matmul") or ("st.shared.v4.b32" in text and text.count("fma.rn.bf16x2") >= 16)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_few_rows_are_multiplied_where_they_were_widened(bits: int) -> None:
+    """The compiler puts lanes where `few` wants them: until the parts are added up, no value moves from one to another."""
+    way = {"BLOCK_M": 16, "BLOCK_N": 32, "PARTS": 4, "Q": 2, "num_warps": 4, "num_stages": 1}
+    case = next(case for case in cases(90, (bits,)) if case.name == f"few, {bits} bits, M = 16")
+    loop = compiled(replace(case, config=way), 90).asm["ptx"].rpartition("mma.sync.aligned.m16n8k16")[0]
+    assert loop.count("mma.sync.aligned.m16n8k16") == 63 and loop.count("ld.global.v4.b32") >= 16
+    assert not any(word in loop for word in ("st.shared", "ld.shared", "ldmatrix", "shfl"))
 
 
 def test_large_tiles_are_multiplied_by_warp_groups() -> None:

@@ -126,6 +126,10 @@ WAYS = st.sampled_from(
             for c in (1, 4)
             for s in (1, 3)
         ),
+        *(
+            {"BLOCK_M": m, "BLOCK_N": n, "PARTS": p, "Q": q, "num_warps": 1, "num_stages": 1}
+            for m, n, p, q in ((8, 16, 1, 1), (8, 32, 2, 4), (16, 16, 4, 2))
+        ),
     ]
 )
 
@@ -209,7 +213,7 @@ def test_attention_follows_the_rule(batch, heads, queries, past, width, value_wi
     assert float((found - wanted).abs().max()) < TOLERANCE * float(v.abs().max())
 
 
-@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize("m", [1, 4, 17])
 def test_half_precision_activations_lose_no_more_than_their_rounding(m: int) -> None:
     torch.manual_seed(0)
     packed, _ = random_weight(40, 256, NumericFormat(4, 64))

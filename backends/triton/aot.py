@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from lwcompile.backends.triton.kernels.attention import attention_kernel
 from lwcompile.backends.triton.kernels.embedding import embedding_kernel
+from lwcompile.backends.triton.kernels.few import few_kernel
 from lwcompile.backends.triton.kernels.launch import rule_for, table_of
 from lwcompile.backends.triton.kernels.linear import finish_kernel, gemv_kernel, matmul_kernel
 from lwcompile.backends.triton.kernels.norm import norm_kernel
@@ -62,12 +63,13 @@ def cases(target: int = 90, bits: Collection[int] = BITS) -> Iterator[Case]:
     table = table_of(f"sm_{target}")
 
     def rule(kernel: str, m: int, n: int = WIDTH, k: int = WIDTH, bits: int = 4, needs: str = "num_warps") -> dict[str, int]:
-        """The table's rule; the default table's where that one leaves the product to another kernel, without what `needs` names."""
-        found = rule_for(table, kernel, m=m, n=n, k=k, bits=bits)
-        return found if needs in found else rule_for(table_of("default"), kernel, m=m, n=n, k=k, bits=bits)
+        """The table's rule of those with what `needs` names: others leave the product to another kernel. Else the default's."""
+        rules = [rule for rule in (*table[kernel], *table_of("default")[kernel]) if needs in rule]
+        return rule_for({kernel: rules}, kernel, m=m, n=n, k=k, bits=bits)
 
     plain = {"GATED": False, "BIAS": False, "RESIDUAL": False, "ACT": 0}
     gemv = {**plain, "NORM": 0, "SHIFT": False, "K2": WIDTH}
+    few = {**plain, "NORM": False}
     gate, full = {"GATED": True, "ACT": 1}, {"BIAS": True, "RESIDUAL": True, "ACT": 2}
     for b in bits:
         form = _format(b)
@@ -75,17 +77,24 @@ def cases(target: int = 90, bits: Collection[int] = BITS) -> Iterator[Case]:
         yield Case(f"gemv, {b} bits", gemv_kernel, gemv | form, rule("gemv", 1, bits=b, needs="STAGES"))
         gated = rule("gated", 1, bits=b, needs="STAGES")
         yield Case(f"gemv, {b} bits, RMSNorm and gate", gemv_kernel, gemv | form | gate | {"NORM": 1}, gated)
+        for m in (4, 16):
+            yield Case(f"few, {b} bits, M = {m}", few_kernel, few | form, rule("matmul", m, bits=b, needs="PARTS"))
+        gated = rule("gated", 16, bits=b, needs="PARTS")
+        yield Case(f"few, {b} bits, RMSNorm and gate, M = 16", few_kernel, few | form | gate | {"NORM": True}, gated)
         for m in (16, 64, 256):
-            yield Case(f"matmul, {b} bits, M = {m}", matmul_kernel, plain | form, rule("matmul", m, bits=b, needs="BLOCK_M"))
+            yield Case(f"matmul, {b} bits, M = {m}", matmul_kernel, plain | form, rule("matmul", m, bits=b, needs="BLOCK_C"))
         yield Case(f"embedding, {b} bits", embedding_kernel, one | {"LOOKUP": True}, rule("embedding", 1, bits=b))
         yield Case(f"dequantize, {b} bits", embedding_kernel, one | {"LOOKUP": False}, rule("dequantize", WIDTH, bits=b))
     layer, config = {"NORM": 2, "SHIFT": True}, rule("gemv", 1, needs="STAGES")
     yield Case("gemv, 4 bits, LayerNorm, bias, GELU, residual", gemv_kernel, gemv | _format(4) | full | layer, config)
     yield Case("gemv, 4 bits, groups of 24, float zero", gemv_kernel, gemv | _format(4, 24, 2), config)
+    config = rule("matmul", 16, needs="PARTS")
+    yield Case("few, 4 bits, bias, GELU, residual, M = 16", few_kernel, few | _format(4) | full, config)
+    yield Case("few, 4 bits, groups of 24, float zero, M = 16", few_kernel, few | _format(4, 24, 2), config)
     for m in (16, 64, 256):
-        config = rule("gated", m, needs="BLOCK_M")
+        config = rule("gated", m, needs="BLOCK_C")
         yield Case(f"matmul, 4 bits, gate, M = {m}", matmul_kernel, plain | _format(4) | gate, config)
-    config = rule("matmul", 64, needs="BLOCK_M")
+    config = rule("matmul", 64, needs="BLOCK_C")
     yield Case("matmul, 4 bits, bias, GELU, residual, M = 64", matmul_kernel, plain | _format(4) | full, config)
     yield Case("finish, 8 parts, gate", finish_kernel, {**plain, **gate, "SPLIT": 8}, rule("finish", 16))
     for kind, name in ((1, "RMSNorm"), (2, "LayerNorm")):

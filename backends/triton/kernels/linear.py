@@ -1,6 +1,7 @@
 """y = act(norm(x) @ w.T + bias) + residual, w packed.
 
     gemv     M == 1: a program makes a few outputs and reads its rows of w once; the norm of x is computed on the way
+    few      M up to 16 or so: likewise on tensor cores, and without shared memory (`few`); RMSNorm is computed on the way
     matmul   weights are widened tile by tile and multiplied on tensor cores; where rows and columns alone are too few programs,
              K is split and the parts are added up afterwards. A norm runs before, as a kernel of its own.
     dense    many rows: the weight is widened once, by a kernel bound by memory, and multiplied by cuBLAS
@@ -18,26 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lwcompile.backends.triton.kernels.activation import ACTIVATIONS, activate
 from lwcompile.backends.triton.kernels.embedding import dequantize
+from lwcompile.backends.triton.kernels.few import few_kernel
 from lwcompile.backends.triton.kernels.launch import config_for, launch
 from lwcompile.backends.triton.kernels.norm import NORMS, Norm, normalize
 from lwcompile.backends.triton.kernels.packed import Packed, load_grid, load_tile, load_weights, load_words
-
-ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
-
-
-@triton.jit
-def activate(y, ACT: tl.constexpr):
-    if ACT == 1:
-        y = y / (1.0 + tl.exp(-y))
-    elif ACT == 2:
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    elif ACT == 3:
-        inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-        y = y / (1.0 + tl.exp(-2.0 * inner))
-    elif ACT == 4:
-        y = tl.maximum(y, 0.0)
-    return y
 
 
 @triton.jit
@@ -231,6 +218,14 @@ def _run(
         args = (flat, *first.pointers, *other.pointers, *_or(x, bias, residual, gain, shift), y, n, k, first.chunks, eps)
         constants |= {"NORM": kind, "SHIFT": shift is not None, "K2": triton.next_power_of_2(k) if kind else 1}
         launch(gemv_kernel, (triton.cdiv(n, config["BLOCK_N"]),), config, *args, **constants)
+        return y
+    if "PARTS" in config:
+        gain, eps = (flat, 0.0) if norm is None else (norm.gain, norm.eps)
+        if norm is not None and norm.kind != "rms":
+            flat, norm = normalize(flat, norm), None
+        args = (flat, *first.pointers, *other.pointers, *_or(x, bias, residual), gain, y, m, n, k, first.chunks, eps)
+        grid = (triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(m, config["BLOCK_M"]))
+        launch(few_kernel, grid, config, *args, **constants, NORM=norm is not None)
         return y
     if norm is not None:
         flat = normalize(flat, norm)

@@ -24,6 +24,8 @@ CHUNK = 32
 NO_ZERO, INTEGER_ZERO, FLOAT_ZERO = 0, 1, 2
 PAIRED = tl.constexpr(not INTERPRETED)
 """Whether codes are widened two at a time, by instructions that the interpreter does not have."""
+MAGIC = tl.constexpr(0x43004300)
+"""A pair of bfloat16 128: in its lowest 7 bits, one is 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +143,61 @@ def load_grid(grid, row, rows, first, K, GROUP: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def widen(codes, factor, offset, ZERO: tl.constexpr):
+    """(codes - offset) * factor in float32."""
+    # A small integer in the lowest bits of 2**23 is that number plus 2**23: one float subtraction instead of a slow conversion.
+    number = (codes | 0x4B000000).to(tl.float32, bitcast=True)
+    if ZERO == 2:
+        return ((number - 8388608.0) - offset) * factor
+    return (number - (8388608.0 + offset)) * factor
+
+
+@triton.jit
+def merge(codes, MASK: tl.constexpr, under):
+    """(codes & MASK) | under, in the one instruction that the assembler does not find where two of the three are constants."""
+    if PAIRED:
+        return tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, $3, 0xea;", "=r,r,r,r", [codes, MASK, under], tl.int32, True, 1)
+    else:
+        return (codes & MASK) | under
+
+
+@triton.jit
+def widen_pairs(numbers, factor, offset):
+    """(codes - offset) * factor of pairs of codes below 8 bits, in pairs of bfloat16: int32 like `numbers`; offset is an integer.
+
+    Each code comes as the lowest bits of a 128 (`MAGIC`), less 128 and its zero point, which is exact, times the scale in bfloat16.
+    That is a third of the work of the way by float32, for one more rounding.
+    """
+    factor = (factor.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 pair, one, nothing;
+        mov.b32 one, 0x3f803f80;
+        mov.b32 nothing, 0x80008000;
+        fma.rn.bf16x2 pair, $1, one, $2;
+        fma.rn.bf16x2 $0, pair, $3, nothing; }""",
+        "=r,r,r,r", [numbers, (offset.to(tl.int32) | 0xC300) * 0x10001, factor], tl.int32, True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def widen_bytes(low, high, factor, offset):
+    """`widen_pairs` of 8-bit codes, by halves of 4 bits each in a `MAGIC`: their places and zero points go in where it is exact."""
+    factor = (factor.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
+    offset = offset.to(tl.int32)
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 lower, upper, one, sixteen, nothing;
+        mov.b32 one, 0x3f803f80;
+        mov.b32 sixteen, 0x41804180;
+        mov.b32 nothing, 0x80008000;
+        fma.rn.bf16x2 lower, $1, one, $3;
+        fma.rn.bf16x2 upper, $2, sixteen, $4;
+        fma.rn.bf16x2 lower, lower, one, upper;
+        fma.rn.bf16x2 $0, lower, $5, nothing; }""",
+        "=r,r,r,r,r,r", [low, high, (offset & 15 | 0xC300) * 0x10001, (offset >> 4 | 0xC500) * 0x10001, factor], tl.int32, True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
 def load_weights(
     words, scale, zero, row, rows, first, K, CHUNKS,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, C: tl.constexpr,
@@ -152,11 +209,7 @@ def load_weights(
     if ZERO != 0:
         offset = load_grid(zero, row, rows, first, K, GROUP, C).to(tl.float32)
     codes = load_codes(words, row, rows, first, CHUNKS, BITS, C, False)
-    # A small integer in the lowest bits of 2**23 is that number plus 2**23: one float subtraction instead of a slow conversion.
-    number = (codes | 0x4B000000).to(tl.float32, bitcast=True)
-    if ZERO == 2:
-        return ((number - 8388608.0) - offset) * factor
-    return (number - (8388608.0 + offset)) * factor
+    return widen(codes, factor, offset, ZERO)
 
 
 @triton.jit
@@ -166,27 +219,15 @@ def load_tile(
 ):  # fmt: skip
     """Weights of rows [R] and C chunks as a product or a store wants them: [R, C * 32] of `dtype`.
 
-    In bfloat16, codes below 8 bits stay two to a register: each is the lowest bits of a 128, less 128 and its zero point, which is
-    exact, times the scale in bfloat16. That is a third of the work of the way by float32, for one more rounding.
+    In bfloat16, codes below 8 bits stay two to a register (`widen_pairs`).
     """
     if PAIRED and dtype == tl.bfloat16 and BITS < 8 and GROUP % 32 == 0 and ZERO != 2:
-        factor = load_grid(scale, row, rows, first, K, GROUP, C).to(dtype).to(tl.int16, bitcast=True)
-        factor = (factor.to(tl.int32) & 0xFFFF) * 0x10001
-        offset = factor * 0 + (1 << (BITS - 1))
+        factor = load_grid(scale, row, rows, first, K, GROUP, C)
+        offset = (factor * 0).to(tl.int32) + (1 << (BITS - 1))
         if ZERO == 1:
-            offset = load_grid(zero, row, rows, first, K, GROUP, C).to(tl.int32)
-        offset = (offset | 0xC300) * 0x10001
+            offset = load_grid(zero, row, rows, first, K, GROUP, C)
         pairs = load_codes(words, row, rows, first, CHUNKS, BITS, C, True)
-        pairs = tl.inline_asm_elementwise(
-            """{ .reg .b32 pair, magic, one, nothing;
-            mov.b32 magic, 0x43004300;
-            mov.b32 one, 0x3f803f80;
-            mov.b32 nothing, 0x80008000;
-            lop3.b32 pair, $1, $2, magic, 0xea;
-            fma.rn.bf16x2 pair, pair, one, $3;
-            fma.rn.bf16x2 $0, pair, $4, nothing; }""",
-            "=r,r,r,r,r", [pairs, ((1 << BITS) - 1) * 0x10001, offset, factor], tl.int32, True, 1,
-        )  # fmt: skip
+        pairs = widen_pairs(merge(pairs, ((1 << BITS) - 1) * 0x10001, MAGIC), factor, offset)
         # What is reshaped is given its dtype afterwards: the compiler fails on some shapes where a product reads a reshape itself.
         pairs = tl.join((pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16))
         return tl.reshape(pairs, (row.shape[0], C * 32)).to(dtype, bitcast=True)
