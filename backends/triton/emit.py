@@ -29,6 +29,7 @@ from lwcompile.errors import Refused
 from lwcompile.generate import Roles
 from lwcompile.graph import ModelGraph, iterate_calls
 from lwcompile.program import Program
+from lwcompile.residual import shape_of
 from lwcompile.serialize import target_name
 
 aten = torch.ops.aten
@@ -37,7 +38,7 @@ FOLLOWS = (aten.linear.default, aten.embedding.default, aten.rms_norm.default, a
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "truediv": "/", "mod": "%", "pow": "**",
           "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}  # fmt: skip
 _TAKEN = {"w", "aten", "torch", "math", "operator", "linear", "gated", "embedding", "normalize", "add_normalize", "rotary",
-          "attention", "Norm", "dense_linear", "attend", "append", "places"}  # fmt: skip
+          "attention", "Norm", "dense_linear", "attend", "append", "places", "last"}  # fmt: skip
 
 
 @dataclass
@@ -99,15 +100,17 @@ class _Statement:
 class Function:
     """One graph as Python source.
 
-    growing: why the caches of a decode graph have to grow with each step, once the source is made; None if they may also be written
-    in place: then the function takes `places`.
+    A decode graph's takes two arguments more. places: int64 [S], where new entries are written into caches that have room for them;
+    they are joined anew if it is None, and always where `growing` says why. last: logits of the last position alone, where that saves
+    the product of the others.
     """
-
-    growing: str | None = None
 
     def __init__(self, graph: ModelGraph, stored: Stored) -> None:
         self.graph, self.stored = graph, stored
+        self.decodes = any(name.startswith(PAST) for name in graph.input_nodes())
         self.appends: dict[fx.Node, fx.Node] = {}
+        self.growing: str | None = None
+        self.head: Group | None = None
         self.names = {n: n.name if n.name not in _TAKEN else f"{n.name}_" for n in graph.graph.nodes}
 
     def source(self, entry: str, model: str) -> str:
@@ -125,8 +128,9 @@ class Function:
         self.growing = self.why_growing(kept)
         if self.growing is not None:
             self.appends = {}
+        self.head = next((g for g in groups if self.decodes and g.root is outputs[0] and _is_head(g)), None)
         body = list(self.body(kept, {n for n in outputs if isinstance(n, fx.Node)}))
-        arguments = ", ".join(self.names[n] for n in self.graph.input_nodes().values()) + (", places=None" if self.appends else "")
+        arguments = [self.names[n] for n in self.graph.input_nodes().values()] + ["places=None", "last=False"] * self.decodes
         lines = [
             f'"""{model}: the entry point `{entry}`, one line a call; kernels where `kernels/` has one, torch elsewhere."""',
             "", "from __future__ import annotations", "",
@@ -136,7 +140,7 @@ class Function:
             "from .kernels.embedding import embedding", "from .kernels.linear import gated, linear",
             "from .kernels.norm import Norm, add_normalize, normalize", "from .kernels.rotary import rotary", "",
             "aten = torch.ops.aten", "", "",
-            f"def {entry}(w, {arguments}):",
+            f"def {entry}({', '.join(['w', *arguments])}):",
             f'    """{", ".join(self.graph.outputs)}"""',
             *body,
             f"    return ({', '.join(self.render(o) for o in outputs)},)", "",
@@ -173,15 +177,17 @@ class Function:
         """Why `appends` cannot write in place: something else reads a cache, or how long it is, or not every cache is one."""
         inputs = self.graph.input_nodes()
         pasts = [node for name, node in inputs.items() if name.startswith(PAST)]
+        if not pasts:
+            return None
         for past, made in zip(pasts, list(self.graph.output_node.args[0])[len(self.graph.outputs) - len(pasts) :]):  # type: ignore[arg-type]
             if self.appends.get(made) is not past:  # type: ignore[arg-type]
                 return f"{past.target} is more than appended to"
-        padding = [inputs[i.name] for i in self.graph.inputs if pasts and i.dynamic.get(1) == "total"]
+        long = {*pasts, *self.appends, *(inputs[i.name] for i in self.graph.inputs if i.dynamic.get(1) == "total")}
         for s in kept:
             attends = isinstance(s.of, Group) and s.of.kernel == "attention" and s.of.args["key"] in self.appends
-            for node in s.reads:
-                if node in pasts and self.appends.get(s.makes[0]) is not node or node in (*self.appends, *padding) and not attends:
-                    return f"{s.makes[0].name} reads {node.name}, which is as long as the sequence"
+            taken = long.difference(pasts) if attends else {self.appends.get(s.makes[0])}
+            if others := [n.name for n in s.reads if n in long - taken]:
+                return f"{s.makes[0].name} reads {others[0]}, which is as long as the sequence"
         return None
 
     # --- calls
@@ -193,6 +199,8 @@ class Function:
     def kernel(self, group: Group) -> str:
         a, target = group.args, self.names[group.root]
         v = {key: self.render(value) for key, value in a.items() if key not in ("norm", "weights", "biases", "weight", "up")}
+        if group is self.head:
+            v["x"] = f"{v['x']}[:, -1:] if last else {v['x']}"
         norm = self.norm(a["norm"]) if "norm" in a else ""
         optional = [f"norm={norm}"] if norm else []
         optional += [f"activation={a['activation']!r}"] if group.kernel == "linear" and a.get("activation") else []
@@ -298,6 +306,11 @@ def _path(node: fx.Node) -> str:
     parts = node.meta.get("path", "").split(".")
     numbered = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbered[-1] + 1]) if numbered else ""
+
+
+def _is_head(group: Group) -> bool:
+    """A product of [B, S, K] alone, each of whose rows is made of one row."""
+    return group.kernel == "linear" and group.args["residual"] is None and len(shape_of(group.root)) == 3
 
 
 def _needed(statements: Sequence[_Statement], wanted: set[fx.Node]) -> list[_Statement]:

@@ -4,7 +4,8 @@
         |i + T - S - j| < window  (window),  and padding[b, j] != 0  (padding)
 
 The S queries are the last of the T positions, so one kernel serves prefill (T = S) and decoding; in a cache with room for more, T is
-read on the device, so that a CUDA graph of the call holds for every T. Keys beyond the rule are never read. Several query heads read one key head (grouped queries). A query to which nothing is open gets zeros.
+read on the device, so that a CUDA graph of the call holds for every T. Keys beyond the rule are never read. Several query heads read
+one key head (grouped queries). A query to which nothing is open gets zeros.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def attention_kernel(
         total = total * keep + tl.sum(weights, 1)
         top = highest
     made = made / tl.where(total > 0, total, 1.0)[:, None]
-    at = (head.to(tl.int64) * queries + s[:, None]) * VALUE + e[None, :]
+    at = ((batch * queries + s[:, None]) * heads + mine) * VALUE + e[None, :]
     tl.store(y + at, made.to(y.dtype.element_ty), mask=(s < queries)[:, None] & (e < VALUE)[None, :])
 
 
@@ -80,14 +81,15 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None, places: Tensor | None = None, *,
     causal: bool = True, window: int | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """query [B, H, S, D], key [B, G, T, D], value [B, G, T, E], H a multiple of G -> [B, H, S, E] of the value's dtype.
+    """query [B, H, S, D], key [B, G, T, D], value [B, G, T, E], H a multiple of G -> [B, H, S, E] of the value's dtype, laid out as
+    [B, S, H, E], which what follows it wants.
 
     padding: [B, T], 0 where a key is closed. window: how many positions back (and, not causal, ahead) are open, with one's own.
     places: int64 [S], the positions of the queries, one after the other, in keys that have room for more; what is behind the last of
         them is not read. None: they are the last S.
     """
     (batch, heads, queries, width), keys, value_width = query.shape, key.shape[2], value.shape[3]
-    y = torch.empty((batch, heads, queries, value_width), dtype=value.dtype, device=query.device)
+    y = torch.empty((batch, queries, heads, value_width), dtype=value.dtype, device=query.device).transpose(1, 2)
     if not y.numel():
         return y
     query, key = (t.to(value.dtype) for t in (query, key))

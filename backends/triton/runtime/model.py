@@ -87,13 +87,14 @@ class Model:
         """
         if cache is None:
             cache = [torch.empty(shape, dtype=dtype, device=self.weights.device) for shape, dtype in self._caches(len(input_ids))]
-        given = (t.to(self.weights.device) for t in (input_ids, attention_mask, position_ids))
-        return self.advance(*given, [t.to(self.weights.device) for t in cache])
+        tokens, mask, places, *cache = (t.to(self.weights.device) for t in (input_ids, attention_mask, position_ids, *cache))
+        return self.advance(tokens, mask, places, cache)
 
     @torch.no_grad()
     def advance(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Sequence[Tensor], places: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Sequence[Tensor],
+        places: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """`step` on tensors that are on the model's device.
 
         places: int64 [S], the columns that new tokens take in caches which have room for them and are as long as the mask; they are
@@ -103,7 +104,7 @@ class Model:
         roles = described["roles"]
         named = {roles["tokens"]: input_ids, roles["padding"]: attention_mask, roles["positions"]: position_ids}
         given = [named[i["name"]] if i["name"] in named else next(left) for i in described["inputs"]]
-        made = self._functions["decode"](self.weights, *given, **({} if places is None else {"places": places}))
+        made = self._functions["decode"](self.weights, *given, places=places, last=True)
         kept = len(made) - len(cache)
         return made[0][:, -1].float(), list(made[kept:])
 
