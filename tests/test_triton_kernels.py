@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -41,6 +43,42 @@ def test_without_a_gpu_and_without_the_interpreter_a_launch_says_what_to_do() ->
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}
     )
     assert done.returncode and "TRITON_INTERPRET=1" in done.stderr
+
+
+class OnGpu:
+    """A kernel's first argument, on a device that there need not be."""
+
+    device = SimpleNamespace(type="cuda", index=0)
+
+
+def test_a_launch_that_repeats_another_takes_its_handle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By value of sizes, by dtype and alignment of tensors; constants follow in the order of the kernel's arguments."""
+    import torch
+
+    from lwcompile.backends.triton.kernels import launch as launch_of
+
+    class Handle(dict):
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *given: again.append((grid, given))
+
+    class Kernel:
+        arg_names = ("x", "y", "size", "WIDTH", "BLOCK")
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *given, **constants: first.append((grid, given, constants)) or Handle()
+
+    first, again, kernel, x, y = [], [], Kernel(), OnGpu(), torch.zeros(9, dtype=torch.float16)
+    monkeypatch.setattr(launch_of.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch_of, "_compiled", {})
+    launches = [(y, 5, 16), (y, 5, 16), (y[8:], 5, 16), (y[1:], 5, 16), (y.float(), 5, 16), (y, 6, 16), (y, 5, 32), (y, 5, 16)]
+    for given, size, width in launches:
+        launch_of.launch(kernel, (3,), {"BLOCK": 8, "num_warps": 4}, x, given, size, WIDTH=width)
+    assert [(g[1].dtype, g[1].storage_offset(), *g[2:], c["WIDTH"]) for _, g, c in first] == [
+        (torch.float16, 0, 5, 16), (torch.float16, 1, 5, 16), (torch.float32, 0, 5, 16), (torch.float16, 0, 6, 16),
+        (torch.float16, 0, 5, 32),
+    ]  # fmt: skip
+    assert [(grid, given[2:]) for grid, given in again] == [((3, 1, 1), (5, 16, 8))] * 3
+    assert all(c["enable_fp_fusion"] and c["num_warps"] == 4 for _, _, c in first)
 
 
 @pytest.mark.parametrize("path", sorted(TUNING.glob("*.json")), ids=lambda p: p.stem)
@@ -105,7 +143,8 @@ def test_a_whole_model_computes_what_transformers_does() -> None:
     assert done.returncode == 0, done.stderr
     found = [line.partition(":")[0] for line in done.stdout.splitlines()]
     assert found == [f"lwcompile 4/3 bits, {step}" for step in
-                     ("decode, batch 1, 12 tokens", "decode, batch 2, 5 tokens", "prefill, batch 1, 9 tokens")]  # fmt: skip
+                     ("decode, batch 1, 12 tokens", "decode, batch 2, 5 tokens", "prefill, batch 1, 9 tokens",
+                      "generate, batch 2, 7 tokens")]  # fmt: skip
 
 
 def test_whole_models_take_widths_that_there_are() -> None:
