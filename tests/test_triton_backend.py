@@ -44,7 +44,7 @@ RECIPE = """
 description: a small one
 options: {{linear: "quantize{{bits=[3,4],group_size=16,solver=rtn}}", embedding: "quantize{{bits=[3,4],group_size=16,solver=rtn}}"}}
 analyses: ["fisher{{tokens=64}}"]
-budget: {{avg_bits: 45}}
+budget: {{avg_bits: 80}}
 calibration: {{dataset: {folder}/calibration.safetensors, samples: 16, seqlen: 12}}
 evaluation: {{dataset: {folder}/evaluation.safetensors, samples: 8, seqlen: 12}}
 """
