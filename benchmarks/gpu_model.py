@@ -214,6 +214,18 @@ class Ours:
         ids = inputs(self.config, Step("prefill", step.batch, step.tokens), self.device, self.dtype)[0]["input_ids"]
         return lambda: self.model.generate(ids, new)
 
+    def stepwise(self, step: Step, new: int) -> Tensor:
+        """What `generate` makes, by the package's `step`, whose caches grow."""
+        named = inputs(self.config, Step("prefill", step.batch, step.tokens), self.device, self.dtype)[0]
+        tokens, mask, positions = named["input_ids"], named["attention_mask"], named["position_ids"]
+        found, cache = [tokens], None
+        for _ in range(new):
+            logits, cache = self.model.step(tokens, mask, positions, cache)
+            tokens, positions = logits.argmax(-1, keepdim=True), positions[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+            found.append(tokens)
+        return torch.cat(found, 1)
+
     def dense(self) -> Iterator[tuple[str, Tensor]]:
         """Names and values of what is stored, the packed ones dequantized; those stored as one, one after the other."""
         for name, weight in self.model.weights.items():
@@ -300,6 +312,18 @@ def difference(ours: Ours, peer: Peer, mine: Callable[[], Tensor], others: Calla
     if not found <= TOLERANCE[ours.dtype]:
         raise ValueError(f"logits are wrong by {found:.2g} of the largest")
     return found
+
+
+def same_tokens(ours: Ours, step: Step, new: int) -> None:
+    """Nothing, if `generate` makes the tokens that the same kernels make step by step.
+
+    Raises:
+        ValueError: it does not.
+    """
+    found, wanted = ours.generate(step, new)(), ours.stepwise(step, new)
+    if not torch.equal(found, wanted):
+        first = int((found != wanted).any(0).nonzero()[0]) - step.tokens
+        raise ValueError(f"generated tokens differ from those of growing caches from number {first} on")
 
 
 def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -397,6 +421,7 @@ class Bench:
                 prompt, whole = side.generate(step, 1), side.generate(step, 1 + new)
                 prompt()
                 memory = side.stored + working_memory(whole)  # the first time, when caches are made
+                same_tokens(side, step, 8)
                 found = [(time_of(whole, 3, 1) - time_of(prompt, 5, 1)) * 1e-3 / new for _ in range(self.rounds)]
                 taken = statistics.median(found)
                 yield Timing(
@@ -414,8 +439,8 @@ def check(given: argparse.Namespace, folder: Path, device: str) -> None:
         for step in (Step("decode", 1, 12), Step("decode", 2, 5), Step("prefill", 1, 9)):
             found = difference(ours, peer, ours.call(step), peer.call(step))
             print(f"{ours.name} bits, {step.kind}, batch {step.batch}, {step.tokens} tokens: error {found:.1e}")
-        call = ours.generate(Step("generate", 2, 7), 3)
-        print(f"{ours.name} bits, generate, batch 2, 7 tokens: {tuple(call().shape)}")
+        same_tokens(ours, Step("generate", 2, 7), 3)
+        print(f"{ours.name} bits, generate, batch 2, 7 tokens: the same tokens")
 
 
 def measure(given: argparse.Namespace, folder: Path, device: str) -> dict[str, Any]:

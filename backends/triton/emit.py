@@ -378,6 +378,7 @@ def _init(name: str) -> str:
         f'"""{name}, with its packed weights and the Triton kernels that read them.\n\n'
         '    model = load("cuda", torch.bfloat16)\n'
         "    model.generate(input_ids)\n\n"
+        "On a GPU, generation replays a CUDA graph; where it cannot, `model.why_growing` says why.\n"
         "Needs torch, triton and safetensors. Without a GPU it runs in Triton's interpreter, slowly and in float32:\n"
         'set TRITON_INTERPRET=1 before Python starts, and load("cpu").\n'
         '"""\n\nfrom .model import Model, load\n\n__all__ = ["Model", "load"]\n'

@@ -87,8 +87,8 @@ class Model:
         """
         if cache is None:
             cache = [torch.empty(shape, dtype=dtype, device=self.weights.device) for shape, dtype in self._caches(len(input_ids))]
-        tokens, mask, places, *cache = (t.to(self.weights.device) for t in (input_ids, attention_mask, position_ids, *cache))
-        return self.advance(tokens, mask, places, cache)
+        tokens, mask, positions, *cache = (t.to(self.weights.device) for t in (input_ids, attention_mask, position_ids, *cache))
+        return self.advance(tokens, mask, positions, cache)
 
     @torch.no_grad()
     def advance(
