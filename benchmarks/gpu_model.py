@@ -16,7 +16,9 @@ values of our packed weights, so the logits of every timed call are compared wit
 A decode step has one new token a sequence behind `--context` cached ones, and is repeated at that length: our cache grows, so a
 captured step is of one length; the peer writes the last position of its cache anew. Prefill has no cache, and both sides give the
 logits of all tokens. Each call is timed as it is and replayed from a CUDA graph, which takes Python's launches off both; what is
-compared is the peer's faster way. The sides alternate, and a time is the median over rounds of the median between CUDA events.
+compared is the peer's faster way. "generate" is what a user of the package gets: `--new` tokens from its own `generate`, which
+replays a CUDA graph, behind a prompt of `--context`, without the time of the prompt and the first of them; beside it is the peer's
+decode step, whose tokens nobody picks. The sides alternate, and a time is the median over rounds of the median between CUDA events.
 Bandwidth is the bytes of weights that a step reads (the embedding's rows and the cache left out) a second, over that of a copy. What
 cannot be run is listed with the reason, and the rest goes on.
 """
@@ -67,7 +69,8 @@ PEER = "Inductor bf16"
 
 @dataclass(frozen=True)
 class Step:
-    """What is timed: decode of one token a sequence behind `tokens` cached ones, or prefill of `tokens`."""
+    """What is timed: decode of one token a sequence behind `tokens` cached ones, prefill of `tokens`, or generation behind a prompt of
+    `tokens`."""
 
     kind: str
     batch: int
@@ -200,6 +203,29 @@ class Ours:
         entry = "decode" if step.kind == "decode" else "forward"
         return lambda: self.model.run(entry, named | dict(zip(pasts, cache)))["logits"]
 
+    def generate(self, step: Step, new: int) -> Callable[[], Tensor]:
+        """A function that continues a prompt by `new` tokens a sequence: int64 [B, S + new].
+
+        Raises:
+            ValueError: the package does it without a CUDA graph.
+        """
+        if (why := self.model.why_growing) is not None:
+            raise ValueError(f"it generates without a CUDA graph: {why}")
+        ids = inputs(self.config, Step("prefill", step.batch, step.tokens), self.device, self.dtype)[0]["input_ids"]
+        return lambda: self.model.generate(ids, new)
+
+    def stepwise(self, step: Step, new: int) -> Tensor:
+        """What `generate` makes, by the package's `step`, whose caches grow."""
+        named = inputs(self.config, Step("prefill", step.batch, step.tokens), self.device, self.dtype)[0]
+        tokens, mask, positions = named["input_ids"], named["attention_mask"], named["position_ids"]
+        found, cache = [tokens], None
+        for _ in range(new):
+            logits, cache = self.model.step(tokens, mask, positions, cache)
+            tokens, positions = logits.argmax(-1, keepdim=True), positions[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+            found.append(tokens)
+        return torch.cat(found, 1)
+
     def dense(self) -> Iterator[tuple[str, Tensor]]:
         """Names and values of what is stored, the packed ones dequantized; those stored as one, one after the other."""
         for name, weight in self.model.weights.items():
@@ -288,6 +314,18 @@ def difference(ours: Ours, peer: Peer, mine: Callable[[], Tensor], others: Calla
     return found
 
 
+def same_tokens(ours: Ours, step: Step, new: int) -> None:
+    """Nothing, if `generate` makes the tokens that the same kernels make step by step.
+
+    Raises:
+        ValueError: it does not.
+    """
+    found, wanted = ours.generate(step, new)(), ours.stepwise(step, new)
+    if not torch.equal(found, wanted):
+        first = int((found != wanted).any(0).nonzero()[0]) - step.tokens
+        raise ValueError(f"generated tokens differ from those of growing caches from number {first} on")
+
+
 def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     """What replays a call that has run before."""
     graph = torch.cuda.CUDAGraph()
@@ -323,6 +361,7 @@ class Bench:
 
     def __init__(self, rounds: int) -> None:
         self.rounds, self.missing = rounds, {}
+        self.decoded: dict[tuple[int, int], float | None] = {}  # the peer's seconds by batch and cached tokens
         self.peer: Peer | None = None
         self.ours: list[Ours] = []
 
@@ -363,6 +402,8 @@ class Bench:
                 milli.setdefault(key, []).append(time_of(calls[key], repeats, warm))
         seconds = {key: statistics.median(found) * 1e-3 for key, found in milli.items()}
         peer = min((taken for (name, _), taken in seconds.items() if name == PEER), default=None)
+        if step.kind == "decode":
+            self.decoded[step.batch, step.tokens] = peer
         for side in sides:
             for key in ((side.name, False), (side.name, True)):
                 if (taken := seconds.get(key)) is None:
@@ -370,6 +411,22 @@ class Bench:
                 yield Timing(
                     side.name, step.kind, step.batch, step.tokens, key[1], 1000 * taken, step.made / taken, side.read,
                     side.read / taken / bandwidth, memory[side.name], peer and peer / taken, errors.get(side.name),
+                )  # fmt: skip
+
+    def generation(self, step: Step, new: int, bandwidth: float) -> Iterator[Timing]:
+        """A token of each sequence, of those that `generate` makes; each side alone, since it holds its caches between calls."""
+        peer = self.decoded.get((step.batch, step.tokens))
+        for side in self.ours:
+            with self.noted(f"generate, batch {step.batch}, {step.tokens} tokens: {side.name}"):
+                prompt, whole = side.generate(step, 1), side.generate(step, 1 + new)
+                prompt()
+                memory = side.stored + working_memory(whole)  # the first time, when caches are made
+                same_tokens(side, step, 8)
+                found = [(time_of(whole, 3, 1) - time_of(prompt, 5, 1)) * 1e-3 / new for _ in range(self.rounds)]
+                taken = statistics.median(found)
+                yield Timing(
+                    side.name, step.kind, step.batch, step.tokens, True, 1000 * taken, step.made / taken, side.read,
+                    side.read / taken / bandwidth, memory, peer and peer / taken, None,
                 )  # fmt: skip
 
 
@@ -382,6 +439,8 @@ def check(given: argparse.Namespace, folder: Path, device: str) -> None:
         for step in (Step("decode", 1, 12), Step("decode", 2, 5), Step("prefill", 1, 9)):
             found = difference(ours, peer, ours.call(step), peer.call(step))
             print(f"{ours.name} bits, {step.kind}, batch {step.batch}, {step.tokens} tokens: error {found:.1e}")
+        same_tokens(ours, Step("generate", 2, 7), 3)
+        print(f"{ours.name} bits, generate, batch 2, 7 tokens: the same tokens")
 
 
 def measure(given: argparse.Namespace, folder: Path, device: str) -> dict[str, Any]:
@@ -405,8 +464,10 @@ def measure(given: argparse.Namespace, folder: Path, device: str) -> dict[str, A
             with bench.noted(f"lwcompile {plan}"):
                 bench.ours.append(Ours(graph, config, plan, given.group, folder, device, torch.bfloat16))
     decode = [Step("decode", batch, given.context) for batch in given.batches]
-    for step in decode + [Step("prefill", 1, tokens) for tokens in given.prefill]:
-        for made in bench.run(step, bandwidth):
+    generation = [Step("generate", 1, given.context)] if given.new else []
+    for step in decode + generation + [Step("prefill", 1, tokens) for tokens in given.prefill]:
+        timings = bench.generation(step, given.new, bandwidth) if step.kind == "generate" else bench.run(step, bandwidth)
+        for made in timings:
             result["timings"].append(asdict(made))
             print(row(made), flush=True)
         if given.write is not None:  # after each step: what is known by then outlives what comes
@@ -429,6 +490,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="sequences that decode together")
     parser.add_argument("--context", type=int, default=512, help="cached tokens of each sequence that decodes")
+    parser.add_argument("--new", type=int, default=64, help="tokens that the package's own `generate` makes; 0: none")
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048], help="tokens of a prompt")
     parser.add_argument("--whole", action="store_true", help="compile the peer as one graph: a minute or more for each step")
     parser.add_argument("--rounds", type=int, default=3)

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from language_models import captured
 from onnx_packed import pack
 from safetensors.torch import load_file, save_file
-from tiny import ids, llama_program
+from tiny import ids, llama, llama_program
 
 import lwcompile as lw
 from lwcompile import cli, pipeline
 from lwcompile.backends.triton import backend as backend_module
 from lwcompile.backends.triton.backend import Triton
+from lwcompile.backends.triton.emit import Function, Stored, write_package
 from lwcompile.backends.triton.fusion import find_groups
 from lwcompile.backends.triton.parity import run_package
 from lwcompile.contract import StoredTensor
@@ -29,6 +34,7 @@ from lwcompile.formats import NumericFormat
 from lwcompile.generate import GraphStep, generate
 from lwcompile.graph import ModelGraph
 from lwcompile.program import Program
+from lwcompile.tracing import capture_module
 
 needs_triton = pytest.mark.skipif(
     backend_module.importlib.util.find_spec("triton") is None, reason="the package runs on triton: install lwcompile[triton]"
@@ -38,7 +44,7 @@ RECIPE = """
 description: a small one
 options: {{linear: "quantize{{bits=[3,4],group_size=16,solver=rtn}}", embedding: "quantize{{bits=[3,4],group_size=16,solver=rtn}}"}}
 analyses: ["fisher{{tokens=64}}"]
-budget: {{avg_bits: 45}}
+budget: {{avg_bits: 80}}
 calibration: {{dataset: {folder}/calibration.safetensors, samples: 16, seqlen: 12}}
 evaluation: {{dataset: {folder}/evaluation.safetensors, samples: 8, seqlen: 12}}
 """
@@ -179,6 +185,85 @@ def test_it_decodes_the_tokens_that_the_graph_does(packed: Program, written: Pat
     logits, longer = step(wanted[:, -1:], torch.ones_like(wanted), torch.tensor([[6]]), cache)
     assert (found["logits"][:, -1] - logits).abs().max() < 1e-5 * logits.abs().max()
     assert (found["present.0.key"] - longer[0]).abs().max() < 1e-5 * longer[0].abs().max()
+
+
+DECODING = """
+import importlib, json, sys, torch
+folder, name, lead, new = sys.argv[1:]
+sys.path.insert(0, folder)
+model = importlib.import_module(name).load("cpu", torch.float32)
+mask = (torch.arange(6) >= torch.tensor(json.loads(lead))[:, None]).long()
+ids = torch.tensor(json.loads(sys.stdin.read()))
+said = {"why": model.why_growing, "errors": [], "tokens": model.generate(ids, int(new), mask).tolist()}
+if model.why_growing is None:
+    Decoding = importlib.import_module(name + ".decoding").Decoding
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits, cache = model.step(ids, mask, positions, None)
+    tokens, positions = logits.argmax(-1, keepdim=True), positions[:, -1:] + 1
+    fixed = Decoding(model.advance, cache, 16)
+    fixed.start(tokens, mask, positions, cache)
+    for held in fixed.caches:
+        held[:, :, 6:] = torch.nan
+    for _ in range(int(new) - 1):
+        mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+        logits, cache = model.step(tokens, mask, positions, cache)
+        tokens, positions = logits.argmax(-1, keepdim=True), positions + 1
+        assert torch.equal(fixed.step(), tokens)
+        said["errors"].append(float((fixed.logits - logits).abs().max() / logits.abs().max()))
+print(json.dumps(said))
+"""
+
+
+def decoded(package: Path, prompts: torch.Tensor, lead: list[int], new: int) -> dict[str, Any]:
+    """What a package generates behind prompts whose rows begin with `lead` columns of padding, in the interpreter."""
+    words = [str(package.parent), package.name, json.dumps(lead), str(new)]
+    done = subprocess.run(
+        [sys.executable, "-c", DECODING, *words], input=json.dumps(prompts.tolist()), capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=package.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def masked(layers: int) -> ModelGraph:
+    """The tiny Llama with a mask and positions, packed."""
+    example = {
+        "input_ids": ids(2, 9),
+        "attention_mask": torch.ones(2, 9, dtype=torch.int64),
+        "position_ids": torch.arange(9).expand(2, 9),
+    }
+    free = {name: {0: "batch", 1: "sequence"} for name in example}
+    graph, _ = capture_module(llama(layers=layers), example | {"use_cache": False}, free)
+    pack(graph, FORMAT)
+    return graph
+
+
+@needs_triton
+@pytest.mark.parametrize("lead", [[0], [0, 2, 4]], ids=["one", "padded"])
+def test_caches_written_in_place_decode_as_growing_ones(tmp_path: Path, lead: list[int]) -> None:
+    """The same logits as by `step`, whatever lies in the room that is left, and the tokens that the graph makes."""
+    graph = masked(2)
+    decode = derive_decode(graph, check=False)
+    write_package(Program({"forward": graph, "decode": decode}, graph.store, "causal-lm", "tiny"), tmp_path / "packed")
+    prompts, mask = ids(len(lead), 6), (torch.arange(6) >= torch.tensor(lead)[:, None]).long()
+    found = decoded(tmp_path / "packed", prompts, lead, 5)
+    assert found["why"] is None and len(found["errors"]) == 4 and max(found["errors"]) < 1e-5
+    assert found["tokens"] == generate(GraphStep(decode), prompts, mask, max_new_tokens=5).tolist()
+
+
+@needs_triton
+def test_where_positions_are_counted_from_the_cache_it_grows(packed: Program, written: Path) -> None:
+    found = decoded(written, ids(1, 6), [0], 3)
+    assert re.fullmatch(r"\w+ reads past_key_values_0_key, which is as long as the sequence", found["why"])
+    assert found["tokens"] == generate(GraphStep(packed.entries["decode"]), ids(1, 6), max_new_tokens=3).tolist()
+
+
+def test_caches_that_roll_grow() -> None:
+    decode = derive_decode(captured("mistral"), check=False)
+    decode.propagate()
+    function = Function(decode, Stored())
+    source = function.source("decode", "tiny")
+    assert function.growing == "past_key_values.0.key is more than appended to" and "append(" not in source
 
 
 @needs_triton

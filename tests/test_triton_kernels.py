@@ -105,7 +105,8 @@ def test_a_whole_model_computes_what_transformers_does() -> None:
     assert done.returncode == 0, done.stderr
     found = [line.partition(":")[0] for line in done.stdout.splitlines()]
     assert found == [f"lwcompile 4/3 bits, {step}" for step in
-                     ("decode, batch 1, 12 tokens", "decode, batch 2, 5 tokens", "prefill, batch 1, 9 tokens")]  # fmt: skip
+                     ("decode, batch 1, 12 tokens", "decode, batch 2, 5 tokens", "prefill, batch 1, 9 tokens",
+                      "generate, batch 2, 7 tokens")]  # fmt: skip
 
 
 def test_whole_models_take_widths_that_there_are() -> None:

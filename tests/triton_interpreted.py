@@ -213,6 +213,25 @@ def test_attention_follows_the_rule(batch, heads, queries, past, width, value_wi
     assert float((found - wanted).abs().max()) < TOLERANCE * float(v.abs().max())
 
 
+@few
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(0, 70), st.integers(0, 70), st.sampled_from([None, 5]), st.booleans(), SEEDS
+)
+def test_attention_reads_a_cache_as_far_as_it_is_filled(batch, queries, past, room, window, padded, seed) -> None:
+    """What lies behind may be anything, and a mask over all of it is read by rows."""
+    torch.manual_seed(seed)
+    live = past + queries
+    q = torch.randn(batch, queries, 4, 9).transpose(1, 2)
+    k, v = (torch.full((batch, 2, live + room, 9), torch.nan) for _ in range(2))
+    for cache in (k, v):
+        cache[:, :, :live] = torch.randn(batch, 2, live, 9)
+    padding = (torch.arange(live + room) >= torch.arange(batch)[:, None]).long() if padded else None
+    found = attention_of.attention(q, k, v, padding, torch.arange(past, live), window=window)
+    padding = None if padding is None else padding[:, :live]
+    wanted = attention_of.attention_reference(q, k[:, :, :live], v[:, :, :live], padding, window=window)
+    assert float((found - wanted).abs().max()) < TOLERANCE * float(wanted.abs().max().clamp(min=1))
+
+
 @pytest.mark.parametrize("m", [1, 4, 17])
 def test_half_precision_activations_lose_no_more_than_their_rounding(m: int) -> None:
     torch.manual_seed(0)

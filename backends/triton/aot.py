@@ -110,6 +110,7 @@ def cases(target: int = 90, bits: Collection[int] = BITS) -> Iterator[Case]:
             "CAUSAL": True,
             "WINDOW": True,
             "PADDED": True,
+            "PLACED": m == 1,
         }
         yield Case(f"attention, S = {m}, heads of {width}", attention_kernel, constants, rule("attention", m, width))
 
@@ -118,8 +119,8 @@ def _format(bits: int, group: int = 64, zero: int = 1) -> dict[str, Any]:
     return {f"{name}{i}": value for i in ("", "2") for name, value in (("BITS", bits), ("GROUP", group), ("ZERO", zero))}
 
 
-_TYPES = {"words": "*i32", "words2": "*i32", "ids": "*i64", "padding": "*i64", "eps": "fp32", "factor": "fp32", "scale": "*fp16",
-          "scale2": "*fp16", "cos": "*fp32", "sin": "*fp32", "parts": "*fp32", "parts2": "*fp32"}  # fmt: skip
+_TYPES = {"words": "*i32", "words2": "*i32", "ids": "*i64", "padding": "*i64", "places": "*i64", "eps": "fp32", "factor": "fp32",
+          "scale": "*fp16", "scale2": "*fp16", "cos": "*fp32", "sin": "*fp32", "parts": "*fp32", "parts2": "*fp32"}  # fmt: skip
 _SIZES = ("M", "N", "K", "CHUNKS", "SIZE")
 _COUNTS = ("SPLIT_K", "heads", "times", "queries", "keys", "length", "window")
 

@@ -1,7 +1,7 @@
 """A program as a Python package: its graphs as straight-line functions, the kernels they call, and its weights.
 
 __init__.py          load()
-model.py, dense.py   as they stand in `runtime/`
+model.py, ...        as they stand in `runtime/`
 graph_<entry>.py     one function an entry point, written here
 kernels/, tuning/    as they stand beside this file
 model.json           inputs and outputs, the form of packed weights, which tensors follow the activations' dtype
@@ -24,10 +24,12 @@ from torch import Tensor, fx
 from lwcompile.attention import SDPA
 from lwcompile.backends.triton.fusion import DEQUANTIZE, Group, find_groups
 from lwcompile.backends.triton.packing import repack
+from lwcompile.decode import PAST
 from lwcompile.errors import Refused
 from lwcompile.generate import Roles
-from lwcompile.graph import ModelGraph
+from lwcompile.graph import ModelGraph, iterate_calls
 from lwcompile.program import Program
+from lwcompile.residual import shape_of
 from lwcompile.serialize import target_name
 
 aten = torch.ops.aten
@@ -36,7 +38,7 @@ FOLLOWS = (aten.linear.default, aten.embedding.default, aten.rms_norm.default, a
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "truediv": "/", "mod": "%", "pow": "**",
           "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}  # fmt: skip
 _TAKEN = {"w", "aten", "torch", "math", "operator", "linear", "gated", "embedding", "normalize", "add_normalize", "rotary",
-          "attention", "Norm", "dense_linear", "attend"}  # fmt: skip
+          "attention", "Norm", "dense_linear", "attend", "append", "places", "last"}  # fmt: skip
 
 
 @dataclass
@@ -86,46 +88,61 @@ class Stored:
 
 @dataclass(frozen=True)
 class _Statement:
-    """A line of the function: what it makes, what it reads, and the line."""
+    """A line of the function: what it makes, what it reads, and the call or the kernel that it is."""
 
     place: int
     path: str
     makes: tuple[fx.Node, ...]
     reads: tuple[fx.Node, ...]
-    text: str
+    of: Group | fx.Node
 
 
 class Function:
-    """One graph as Python source."""
+    """One graph as Python source.
+
+    A decode graph's takes two arguments more. places: int64 [S], where new entries are written into caches that have room for them;
+    they are joined anew if it is None, and always where `growing` says why. last: logits of the last position alone, where that saves
+    the product of the others.
+    """
 
     def __init__(self, graph: ModelGraph, stored: Stored) -> None:
         self.graph, self.stored = graph, stored
+        self.decodes = any(name.startswith(PAST) for name in graph.input_nodes())
+        self.appends: dict[fx.Node, fx.Node] = {}
+        self.growing: str | None = None
+        self.head: Group | None = None
         self.names = {n: n.name if n.name not in _TAKEN else f"{n.name}_" for n in graph.graph.nodes}
 
     def source(self, entry: str, model: str) -> str:
         groups = find_groups(self.graph)
         inside = {n for g in groups for n in g.nodes} | {r for g in groups for r in g.makes}
         order = {node: i for i, node in enumerate(self.graph.graph.nodes)}
-        statements = [self.kernel(group, order[group.at]) for group in groups]
+        statements = [_Statement(order[g.at], _path(g.root), g.makes, self.reads(g), g) for g in groups]
         for node in self.graph.graph.nodes:
             if node.op == "call_function" and node not in inside and not self.is_inline(node):
                 reads = tuple(n for n in node.all_input_nodes if not self.is_inline(n))
-                statements.append(_Statement(order[node], _path(node), (node,), reads, f"{self.names[node]} = {self.call(node)}"))
+                statements.append(_Statement(order[node], _path(node), (node,), reads, node))
         outputs = list(self.graph.output_node.args[0])  # type: ignore[arg-type]
         kept = _needed(sorted(statements, key=lambda s: s.place), {n for n in outputs if isinstance(n, fx.Node)})
-        arguments = ", ".join(self.names[n] for n in self.graph.input_nodes().values())
+        self.appends = self.caches()
+        self.growing = self.why_growing(kept)
+        if self.growing is not None:
+            self.appends = {}
+        self.head = next((g for g in groups if self.decodes and g.root is outputs[0] and _is_head(g)), None)
+        body = list(self.body(kept, {n for n in outputs if isinstance(n, fx.Node)}))
+        arguments = [self.names[n] for n in self.graph.input_nodes().values()] + ["places=None", "last=False"] * self.decodes
         lines = [
             f'"""{model}: the entry point `{entry}`, one line a call; kernels where `kernels/` has one, torch elsewhere."""',
             "", "from __future__ import annotations", "",
-            *(f"import {module}" for module in ("math", "operator") if any(f"{module}." in s.text for s in kept)),
+            *(f"import {module}" for module in ("math", "operator") if any(f"{module}." in line for line in body)),
             "import torch", "",
-            "from .dense import attend, dense_linear", "from .kernels.attention import attention",
+            "from .dense import append, attend, dense_linear", "from .kernels.attention import attention",
             "from .kernels.embedding import embedding", "from .kernels.linear import gated, linear",
             "from .kernels.norm import Norm, add_normalize, normalize", "from .kernels.rotary import rotary", "",
             "aten = torch.ops.aten", "", "",
-            f"def {entry}(w, {arguments}):",
+            f"def {entry}({', '.join(['w', *arguments])}):",
             f'    """{", ".join(self.graph.outputs)}"""',
-            *self.body(kept, {n for n in outputs if isinstance(n, fx.Node)}),
+            *body,
             f"    return ({', '.join(self.render(o) for o in outputs)},)", "",
         ]  # fmt: skip
         return "\n".join(lines)
@@ -140,17 +157,50 @@ class Function:
                     yield f"    del {', '.join(dead)}"
                     dead = []
                 yield f"    # --- {s.path or 'around the blocks'}"
-            yield f"    {s.text}"
+            yield f"    {self.kernel(s.of) if isinstance(s.of, Group) else self.call(s.of)}"
             touched = dict.fromkeys((*s.makes, *s.reads))
             dead += [self.names[n] for n in touched if last[n] == i and n not in outputs and n.op == "call_function"]
 
+    # --- caches
+
+    def caches(self) -> dict[fx.Node, fx.Node]:
+        """What appends new entries to a cache, with that cache: cat([past, new], 2)."""
+        pasts = {node for name, node in self.graph.input_nodes().items() if name.startswith(PAST)}
+        found = {}
+        for node in iterate_calls(self.graph, aten.cat.default):
+            pieces, *dim = node.args
+            if len(pieces) == 2 and pieces[0] in pasts and pieces[1] not in pasts and dim == [2]:  # type: ignore[arg-type, index]
+                found[node] = pieces[0]  # type: ignore[index]
+        return found
+
+    def why_growing(self, kept: Sequence[_Statement]) -> str | None:
+        """Why `appends` cannot write in place: something else reads a cache, or how long it is, or not every cache is one."""
+        inputs = self.graph.input_nodes()
+        pasts = [node for name, node in inputs.items() if name.startswith(PAST)]
+        if not pasts:
+            return None
+        for past, made in zip(pasts, list(self.graph.output_node.args[0])[len(self.graph.outputs) - len(pasts) :]):  # type: ignore[arg-type]
+            if self.appends.get(made) is not past:  # type: ignore[arg-type]
+                return f"{past.target} is more than appended to"
+        long = {*pasts, *self.appends, *(inputs[i.name] for i in self.graph.inputs if i.dynamic.get(1) == "total")}
+        for s in kept:
+            attends = isinstance(s.of, Group) and s.of.kernel == "attention" and s.of.args["key"] in self.appends
+            taken = long.difference(pasts) if attends else {self.appends.get(s.makes[0])}
+            if others := [n.name for n in s.reads if n in long - taken]:
+                return f"{s.makes[0].name} reads {others[0]}, which is as long as the sequence"
+        return None
+
     # --- calls
 
-    def kernel(self, group: Group, place: int) -> _Statement:
+    def reads(self, group: Group) -> tuple[fx.Node, ...]:
+        found = [n for n in group.args.values() if isinstance(n, fx.Node)]
+        return tuple(n for n in found if not self.is_inline(n) and n not in group.makes)
+
+    def kernel(self, group: Group) -> str:
         a, target = group.args, self.names[group.root]
-        read = [n for n in a.values() if isinstance(n, fx.Node)]
-        reads = tuple(n for n in read if not self.is_inline(n) and n not in group.makes)
         v = {key: self.render(value) for key, value in a.items() if key not in ("norm", "weights", "biases", "weight", "up")}
+        if group is self.head:
+            v["x"] = f"{v['x']}[:, -1:] if last else {v['x']}"
         norm = self.norm(a["norm"]) if "norm" in a else ""
         optional = [f"norm={norm}"] if norm else []
         optional += [f"activation={a['activation']!r}"] if group.kernel == "linear" and a.get("activation") else []
@@ -177,12 +227,19 @@ class Function:
         elif group.kernel == "rotary":
             call = f"rotary({v['x']}, {v['cos']}, {v['sin']})"
         else:
-            options = f"causal={v['causal']}, window={v['window']}, scale={v['scale']}"
-            call = f"attention({v['query']}, {v['key']}, {v['value']}, {v['padding']}, {options})"
-        return _Statement(place, _path(group.root), group.makes, reads, f"{target} = {call}")
+            places = ["places"] if a["key"] in self.appends else []
+            options = [f"{name}={v[name]}" for name in ("causal", "window", "scale")]
+            call = f"attention({', '.join([v['query'], v['key'], v['value'], v['padding'], *places, *options])})"
+        return f"{target} = {call}"
 
     def call(self, node: fx.Node) -> str:
+        return f"{self.names[node]} = {self.value(node)}"
+
+    def value(self, node: fx.Node) -> str:
         """A call of torch, or arithmetic on sizes."""
+        if node in self.appends:
+            past, new = node.args[0]  # type: ignore[misc]
+            return f"append({self.render(past)}, {self.render(new)}, places)"
         args = [self.render(a) for a in node.args]
         kwargs = {key: value for key, value in node.kwargs.items() if key != "pin_memory"}
         named = [f"{key}={'w.device' if key == 'device' else self.render(value)}" for key, value in kwargs.items()]
@@ -251,6 +308,11 @@ def _path(node: fx.Node) -> str:
     return ".".join(parts[: numbered[-1] + 1]) if numbered else ""
 
 
+def _is_head(group: Group) -> bool:
+    """A product of [B, S, K] alone, each of whose rows is made of one row."""
+    return group.kernel == "linear" and group.args["residual"] is None and len(shape_of(group.root)) == 3
+
+
 def _needed(statements: Sequence[_Statement], wanted: set[fx.Node]) -> list[_Statement]:
     kept = []
     for s in reversed(statements):
@@ -281,13 +343,14 @@ def write_source(program: Program, folder: Path) -> Stored:
             raise Refused(f"the entry point {name!r} is no name of a function")
         graph = graph.copy()
         graph.propagate()
-        (folder / f"graph_{name}.py").write_text(Function(graph, stored).source(name, program.name), encoding="utf-8")
-        entries[name] = _describe(graph, name)
+        function = Function(graph, stored)
+        (folder / f"graph_{name}.py").write_text(function.source(name, program.name), encoding="utf-8")
+        entries[name] = _describe(graph, name) | ({"growing": function.growing} if name == "decode" else {})
     shutil.copytree(HERE / "tuning", folder / "tuning")
     (folder / "kernels").mkdir()
     for file in sorted((HERE / "kernels").glob("*.py")):
         (folder / "kernels" / file.name).write_text(_rooted(file, "."), encoding="utf-8")
-    for file in (HERE / "runtime" / "model.py", HERE / "runtime" / "dense.py"):
+    for file in (HERE / "runtime" / f"{name}.py" for name in ("model", "decoding", "dense")):
         (folder / file.name).write_text(_rooted(file, ".kernels."), encoding="utf-8")
     (folder / "__init__.py").write_text(_init(program.name), encoding="utf-8")
     described = {"entries": entries, "packed": stored.packed, "cast": sorted(stored.cast)}
@@ -296,11 +359,12 @@ def write_source(program: Program, folder: Path) -> Stored:
 
 
 def _rooted(file: Path, kernels: str) -> str:
-    """A file's text with the kernels imported from where the package has them."""
-    return file.read_text(encoding="utf-8").replace("from lwcompile.backends.triton.kernels.", f"from {kernels}")
+    """A file's text with what it imports of this project taken from where the package has it."""
+    text = file.read_text(encoding="utf-8").replace("from lwcompile.backends.triton.kernels.", f"from {kernels}")
+    return text.replace("from lwcompile.backends.triton.runtime.", "from .")
 
 
-def _describe(graph: ModelGraph, entry: str) -> Mapping[str, Any]:
+def _describe(graph: ModelGraph, entry: str) -> dict[str, Any]:
     inputs = [{"name": i.name, "shape": list(i.shape), "dtype": str(i.dtype).removeprefix("torch.")} for i in graph.inputs]
     described: dict[str, Any] = {"inputs": inputs, "outputs": graph.outputs}
     if entry == "decode":
@@ -314,6 +378,7 @@ def _init(name: str) -> str:
         f'"""{name}, with its packed weights and the Triton kernels that read them.\n\n'
         '    model = load("cuda", torch.bfloat16)\n'
         "    model.generate(input_ids)\n\n"
+        "On a GPU, generation replays a CUDA graph; where it cannot, `model.why_growing` says why.\n"
         "Needs torch, triton and safetensors. Without a GPU it runs in Triton's interpreter, slowly and in float32:\n"
         'set TRITON_INTERPRET=1 before Python starts, and load("cpu").\n'
         '"""\n\nfrom .model import Model, load\n\n__all__ = ["Model", "load"]\n'

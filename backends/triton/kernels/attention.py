@@ -3,8 +3,9 @@
     y = softmax(scale * q @ k.T + open) @ v,   key j open to query i iff  j <= i + T - S  (causal),
         |i + T - S - j| < window  (window),  and padding[b, j] != 0  (padding)
 
-The S queries are the last of the T positions, so one kernel serves prefill (T = S) and decoding. Keys beyond the rule are never
-read. Several query heads read one key head (grouped queries). A query to which nothing is open gets zeros.
+The S queries are the last of the T positions, so one kernel serves prefill (T = S) and decoding; in a cache with room for more, T is
+read on the device, so that a CUDA graph of the call holds for every T. Keys beyond the rule are never read. Several query heads read
+one key head (grouped queries). A query to which nothing is open gets zeros.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lwcompile.backends.triton.kernels.launch import config_for, launch
+from lwcompile.backends.triton.kernels.launch import cdiv, config_for, launch, next_power_of_2
 
 
 @triton.jit
 def attention_kernel(
-    q, k, v, padding, y, factor, heads, times, queries, keys,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, window,
+    q, k, v, padding, places, y, factor, heads, times, queries, keys,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, padding_row, window,
     WIDTH: tl.constexpr, WIDTH2: tl.constexpr, VALUE: tl.constexpr, VALUE2: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, PLACED: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
+    if PLACED:
+        keys = tl.load(places + queries - 1).to(tl.int32) + 1
     head = tl.program_id(1)
     batch = (head // heads).to(tl.int64)
     mine = head % heads
@@ -57,7 +61,7 @@ def attention_kernel(
         if WINDOW:
             is_open &= tl.abs(place[:, None] - t[None, :]) < window
         if PADDED:
-            is_open &= (tl.load(padding + batch * keys + t, mask=t < keys, other=0) != 0)[None, :]
+            is_open &= (tl.load(padding + batch * padding_row + t, mask=t < keys, other=0) != 0)[None, :]
         scores = tl.dot(query, key, input_precision="ieee") * factor
         scores = tl.where(is_open, scores, -1.0e30)
         highest = tl.maximum(top, tl.max(scores, 1))
@@ -69,37 +73,42 @@ def attention_kernel(
         total = total * keep + tl.sum(weights, 1)
         top = highest
     made = made / tl.where(total > 0, total, 1.0)[:, None]
-    at = (head.to(tl.int64) * queries + s[:, None]) * VALUE + e[None, :]
+    at = ((batch * queries + s[:, None]) * heads + mine) * VALUE + e[None, :]
     tl.store(y + at, made.to(y.dtype.element_ty), mask=(s < queries)[:, None] & (e < VALUE)[None, :])
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None, *,
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None, places: Tensor | None = None, *,
     causal: bool = True, window: int | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """query [B, H, S, D], key [B, G, T, D], value [B, G, T, E], H a multiple of G -> [B, H, S, E] of the value's dtype.
+    """query [B, H, S, D], key [B, G, T, D], value [B, G, T, E], H a multiple of G -> [B, H, S, E] of the value's dtype, laid out as
+    [B, S, H, E], which what follows it wants.
 
     padding: [B, T], 0 where a key is closed. window: how many positions back (and, not causal, ahead) are open, with one's own.
+    places: int64 [S], the positions of the queries, one after the other, in keys that have room for more; what is behind the last of
+        them is not read. None: they are the last S.
     """
     (batch, heads, queries, width), keys, value_width = query.shape, key.shape[2], value.shape[3]
-    y = torch.empty((batch, heads, queries, value_width), dtype=value.dtype, device=query.device)
+    y = torch.empty((batch, queries, heads, value_width), dtype=value.dtype, device=query.device).transpose(1, 2)
     if not y.numel():
         return y
     query, key = (t.to(value.dtype) for t in (query, key))
     if padding is not None and padding.dtype == torch.bool:
         padding = padding.to(torch.uint8)
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    if padding is not None and padding.stride(1) != 1:
+        padding = padding.contiguous()
     config = config_for("attention", query.device, queries, max(width, value_width), keys)
-    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], 0 if padding is None else padding.stride(0))
     args = (
-        query, key, value, query if padding is None else padding.contiguous(), y,
+        query, key, value, query if padding is None else padding, query if places is None else places, y,
         1 / math.sqrt(width) if scale is None else scale, heads, heads // key.shape[1], queries, keys, *strides, window or 0,
     )  # fmt: skip
     launch(
-        attention_kernel, (triton.cdiv(queries, config["BLOCK_S"]), batch * heads), config, *args,
-        WIDTH=width, WIDTH2=max(16, triton.next_power_of_2(width)),
-        VALUE=value_width, VALUE2=max(16, triton.next_power_of_2(value_width)),
-        CAUSAL=causal, WINDOW=window is not None, PADDED=padding is not None,
+        attention_kernel, (cdiv(queries, config["BLOCK_S"]), batch * heads), config, *args,
+        WIDTH=width, WIDTH2=max(16, next_power_of_2(width)),
+        VALUE=value_width, VALUE2=max(16, next_power_of_2(value_width)),
+        CAUSAL=causal, WINDOW=window is not None, PADDED=padding is not None, PLACED=places is not None,
     )  # fmt: skip
     return y
 

@@ -48,16 +48,48 @@ def rule_for(table: Mapping[str, list[dict[str, int]]], kernel: str, **sizes: in
 
 
 def config_for(kernel: str, device: torch.device, m: int, n: int, k: int, bits: int = 16) -> dict[str, int]:
-    return rule_for(table_of(kind_of(device)), kernel, m=m, n=n, k=k, bits=bits)
+    """The first rule that fits in the device's table; the dict is shared by all calls of these sizes."""
+    rules = table_of(kind_of(device))[kernel]
+    key = (id(rules), m, n, k, bits)
+    if key not in _chosen:
+        if len(_chosen) >= _MOST:
+            _chosen.clear()
+        _chosen[key] = rules, rule_for({kernel: rules}, kernel, m=m, n=n, k=k, bits=bits)
+    return _chosen[key][1]
+
+
+_chosen: dict[tuple[int, ...], tuple[Any, dict[str, int]]] = {}
+"""Rules with the one that fits: rules put in place of others are another key, and while they are held no list takes their id."""
+
+_MOST = 4096
+"""Sizes that change at every call would fill the cache without end; what is used is soon in it again."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Mapping[str, int], *args: Any, **constants: Any) -> None:
-    """Run a kernel; `config` holds its block sizes with `num_warps` and `num_stages`, `constants` its other compile-time values."""
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            kernel[grid](*args, **constants, **config, enable_fp_fusion=True)  # newer versions of triton leave it off
+    """Run a kernel, whose first argument is a tensor, on that tensor's device; `config` holds its block sizes with `num_warps` and
+    `num_stages`, `constants` its other compile-time values.
+    """
+    device = args[0].device
+    if device.type != "cuda":
+        if not INTERPRETED:
+            raise RuntimeError("these kernels run on a GPU, or anywhere with TRITON_INTERPRET=1 set before Python starts")
+        kernel[grid](*args, **constants, **config)
         return
-    if not INTERPRETED:
-        raise RuntimeError("these kernels run on a GPU, or anywhere with TRITON_INTERPRET=1 set before Python starts")
-    kernel[grid](*args, **constants, **config)
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, config, *args, **constants)
+        return
+    kernel[grid](*args, **constants, **config, enable_fp_fusion=True)  # newer versions of triton leave it off
+
+
+# triton's own functions for these take microseconds on the host, since kernels call them too.
+
+
+def cdiv(size: int, block: int) -> int:
+    """How many blocks hold `size`."""
+    return -(-size // block)
+
+
+def next_power_of_2(size: int) -> int:
+    """The least power of two that is no less than `size`, which is at least 1."""
+    return 1 << (size - 1).bit_length()

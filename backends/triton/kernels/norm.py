@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lwcompile.backends.triton.kernels.launch import config_for, launch
+from lwcompile.backends.triton.kernels.launch import config_for, launch, next_power_of_2
 
 NORMS = {"rms": 1, "layer": 2}
 
@@ -77,7 +77,7 @@ def _run(x: Tensor, branch: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
         launch(
             norm_kernel, (x.numel() // k,), config,
             x, x if branch is None else branch.contiguous(), norm.gain, norm.gain if norm.shift is None else norm.shift, total, y, k,
-            norm.eps, KIND=NORMS[norm.kind], ADD=branch is not None, SHIFT=norm.shift is not None, K2=triton.next_power_of_2(k),
+            norm.eps, KIND=NORMS[norm.kind], ADD=branch is not None, SHIFT=norm.shift is not None, K2=next_power_of_2(k),
         )  # fmt: skip
     return total, y
 

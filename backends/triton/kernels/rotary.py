@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lwcompile.backends.triton.kernels.launch import config_for, launch
+from lwcompile.backends.triton.kernels.launch import cdiv, config_for, launch, next_power_of_2
 
 
 @triton.jit
@@ -43,8 +43,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.contiguous(), sin.contiguous()
     config = config_for("rotary", x.device, length, width, width)
     args = (x, cos, sin, y, heads, length, *x.stride()[:3], 0 if cos.shape[0] == 1 else length * width)
-    grid = (batch * heads, triton.cdiv(length, config["BLOCK_S"]))
-    launch(rotary_kernel, grid, config, *args, HALF=width // 2, HALF2=triton.next_power_of_2(width // 2))
+    grid = (batch * heads, cdiv(length, config["BLOCK_S"]))
+    launch(rotary_kernel, grid, config, *args, HALF=width // 2, HALF2=next_power_of_2(width // 2))
     return y
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lwcompile.backends.triton.kernels.packed import Packed
+from lwcompile.backends.triton.runtime.decoding import Decoding
 
 HERE = Path(__file__).parent
+ROOM = 256
+"""Caches that are written in place have room for a multiple of so many tokens, so that the next prompt often fits as well."""
 
 
 class Weights(Mapping[str, Any]):
@@ -58,6 +63,7 @@ class Model:
         self._functions = {
             name: getattr(importlib.import_module(f".graph_{name}", __package__), name) for name in self.entries
         }  # fmt: skip
+        self._decoding: Decoding | None = None
 
     @torch.no_grad()
     def run(self, entry: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,29 +85,76 @@ class Model:
 
         input_ids, position_ids: int64 [B, S]. attention_mask: int64 [B, P + S], 0 at padding. cache: of the last call, or None.
         """
-        described = self.entries["decode"]
-        roles, pasts = described["roles"], [i for i in described["inputs"] if i["name"].startswith("past_key_values.")]
         if cache is None:
-            shapes = [
-                (len(input_ids), i["shape"][1], 0, i["shape"][3]) if len(i["shape"]) > 2 else (len(input_ids), 0) for i in pasts
-            ]
-            dtypes = [self.weights.dtype if i["dtype"].startswith("float") else getattr(torch, i["dtype"]) for i in pasts]
-            cache = [torch.empty(s, dtype=dtype, device=self.weights.device) for s, dtype in zip(shapes, dtypes)]
-        named = {roles["tokens"]: input_ids, roles["padding"]: attention_mask, roles["positions"]: position_ids}
-        made = list(self.run("decode", named | dict(zip((i["name"] for i in pasts), cache))).values())
-        kept = len(made) - len(pasts)
-        return made[0][:, -1].float(), made[kept:]
+            cache = [torch.empty(shape, dtype=dtype, device=self.weights.device) for shape, dtype in self._caches(len(input_ids))]
+        tokens, mask, positions, *cache = (t.to(self.weights.device) for t in (input_ids, attention_mask, position_ids, *cache))
+        return self.advance(tokens, mask, positions, cache)
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int = 32) -> Tensor:
-        """The likeliest continuation of prompts without padding: int64 [B, S] -> [B, S + max_new_tokens]."""
-        found, tokens, cache = input_ids, input_ids, None
-        for _ in range(max_new_tokens):
-            length = found.shape[1]
-            places = torch.arange(length - tokens.shape[1], length).expand_as(tokens)
-            logits, cache = self.step(tokens, torch.ones_like(found), places, cache)
-            tokens = logits.argmax(-1, keepdim=True).to(found.device)
-            found = torch.cat([found, tokens], 1)
-        return found
+    @torch.no_grad()
+    def advance(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Sequence[Tensor],
+        places: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """`step` on tensors that are on the model's device.
+
+        places: int64 [S], the columns that new tokens take in caches which have room for them and are as long as the mask; they are
+            written in place. Only where `why_growing` is None.
+        """
+        described, left = self.entries["decode"], iter(cache)
+        roles = described["roles"]
+        named = {roles["tokens"]: input_ids, roles["padding"]: attention_mask, roles["positions"]: position_ids}
+        given = [named[i["name"]] if i["name"] in named else next(left) for i in described["inputs"]]
+        made = self._functions["decode"](self.weights, *given, places=places, last=True)
+        kept = len(made) - len(cache)
+        return made[0][:, -1].float(), list(made[kept:])
+
+    def _caches(self, batch: int) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of caches of no token."""
+        for i in self.entries["decode"]["inputs"]:
+            if i["name"].startswith("past_key_values."):
+                shape = (batch, i["shape"][1], 0, i["shape"][3]) if len(i["shape"]) > 2 else (batch, 0)
+                yield shape, self.weights.dtype if i["dtype"].startswith("float") else getattr(torch, i["dtype"])
+
+    # --- generation
+
+    @property
+    def why_growing(self) -> str | None:
+        """Why decoding joins caches anew at every step; None if `generate` writes them in place and, on a GPU, replays a CUDA graph."""
+        return self.entries["decode"]["growing"]
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, max_new_tokens: int = 32, attention_mask: Tensor | None = None) -> Tensor:
+        """The likeliest continuation: int64 [B, S] -> [B, S + max_new_tokens]. attention_mask: [B, S], 0 at padding, on the left."""
+        if max_new_tokens < 1:
+            return input_ids
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        if self.entries["decode"]["roles"]["padding"] is None and not mask.all():
+            raise ValueError("this model takes no attention mask: generate prompts of one length at a time")
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits, cache = self.step(input_ids, mask, positions, None)
+        first = logits.argmax(-1, keepdim=True)
+        if self.why_growing is not None and first.is_cuda:
+            warnings.warn(f"each step is launched call by call, without a CUDA graph: {self.why_growing}", stacklevel=2)
+        follow = self._in_place if self.why_growing is None else self._growing
+        rest = follow(first, mask.to(first.device), positions[:, -1:].to(first.device) + 1, cache, mask.shape[1] + max_new_tokens)
+        return torch.cat([input_ids, torch.cat([first, *islice(rest, max_new_tokens - 1)], 1).to(input_ids.device)], 1)
+
+    def _growing(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: list[Tensor], _: int) -> Iterator[Tensor]:
+        """What follows `tokens`, int64 [B, 1] each."""
+        while True:
+            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+            logits, cache = self.advance(tokens, mask, positions, cache)
+            tokens, positions = logits.argmax(-1, keepdim=True), positions + 1
+            yield tokens
+
+    def _in_place(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: list[Tensor], length: int) -> Iterator[Tensor]:
+        """As `_growing`, up to `length` tokens with the prompt's. The memory, and the graph in it, serve later calls that they fit."""
+        if self._decoding is None or not self._decoding.fits(len(tokens), length):
+            self._decoding = None
+            self._decoding = Decoding(self.advance, cache, -(-length // ROOM) * ROOM)
+        self._decoding.start(tokens, mask, positions, cache)
+        while True:
+            yield self._decoding.step()
 
 
 def load(
