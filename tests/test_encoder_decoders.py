@@ -80,9 +80,16 @@ def parts(name: str, model: Any, id: str) -> list[nn.Module]:
 def silence(name: str, model: Any, id: str) -> None:
     """Let a sublayer add zeros to the stream, and after it, where the norm comes after it, no norm."""
     *_, last, norm = parts(name, model, id)
-    last.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+
+    def zeros(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.zeros_like(output)
+
+    def unchanged(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return args[0]
+
+    last.register_forward_hook(zeros)
     if name == "bart":
-        norm.register_forward_hook(lambda module, args, output: args[0])
+        norm.register_forward_hook(unchanged)
 
 
 def run(program: Program, example: dict[str, Tensor]) -> Tensor:
@@ -219,7 +226,7 @@ def test_a_window_as_long_as_the_decoders_sequence_changes_nothing(name: str) ->
     for length in (6, 100):
         assert relative_error(wanted, run(windowed(program, *((id, Window(length, 0)) for id in sites)), example)) < 1e-5
     narrow = windowed(program, *((id, Window(2, 0)) for id in sites))
-    assert relative_error(wanted, run(narrow, example)) > 1e-3, "a window changes nothing, so the test shows nothing"
+    assert relative_error(wanted, run(narrow, example)) > 1e-3, "so narrow a window changes nothing"
 
 
 def test_a_window_that_hides_no_pair_from_whispers_encoder_changes_nothing() -> None:

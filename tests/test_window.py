@@ -8,6 +8,8 @@ import language_models as zoo
 import pytest
 import torch
 from test_decode import greedy_by_prefill
+from test_drop import outputs_differ
+from test_share import captured
 from torch import Tensor, nn
 
 from lwcompile.attention import find_attentions
@@ -94,6 +96,16 @@ def test_a_window_as_long_as_the_sequence_changes_nothing(name):
         wanted = zoo.build(name)(**{i.name: inputs[i.name] for i in graph.inputs}, use_cache=False).logits
     assert zoo.closeness(found, zoo.run(graph, inputs), inputs["attention_mask"]) < 1e-6
     assert zoo.closeness(found, wanted, inputs["attention_mask"]) < 1e-5
+
+
+def test_a_window_that_hides_no_pair_of_patches_changes_nothing():
+    """Of ViT's class token and 16 patches the first and the last alone are 16 apart, and the class token is open to all."""
+    model, example, program = captured("vit")
+    wide, narrow = (windowed(program.main, Window(size, 1), (0, 1, 2, 3)) for size in (16, 5))
+    assert outputs_differ(Program({"forward": wide}, wide.store), model, example) < 1e-5
+    assert outputs_differ(Program({"forward": narrow}, narrow.store), model, example) > 1e-3, "so narrow a window changes nothing"
+    with pytest.raises(Refused, match="its 17 positions are always within the window"):
+        Window(17, 1).check(program.main, find_structure(program).sites["block0.attention"])
 
 
 def test_the_rule_is_read_back_from_the_graph():
