@@ -1,5 +1,5 @@
-"""Rewrites that at their limit are the model itself, in float64, on one model of each kind: full-rank loops and factors, and a block
-that shares with its own copy."""
+"""Rewrites that at their limit are the model itself, in float64, on one model of each kind: full-rank loops and factors, a block
+that shares with its own copy, and windows that hide no pair."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lwcompile.passes.transform._reads import stored_reads
 from lwcompile.passes.transform.loop import Loop
 from lwcompile.passes.transform.low_rank import LowRank
 from lwcompile.passes.transform.share import Share
+from lwcompile.passes.transform.window import Window
 from lwcompile.program import Program
 from lwcompile.structure import find_structure
 from lwcompile.tracing import capture_module
@@ -75,3 +76,19 @@ def test_what_loses_nothing_is_the_model_itself(name: str) -> None:
         twins.main.set_tensor(own, twins.main.tensor(source) * (1 + 1e-14))
     assert error(share(twins, ("block2", Share())), twins, example) < 1e-9
     assert error(twins, program, example) > 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_window_that_hides_no_pair_is_the_model_itself(name: str) -> None:
+    """A decoder's is as long as the sequence; of an encoder's fixed length, the first position alone is that far, and open to all."""
+    program, example = program_of(name)
+    structure = find_structure(program)
+    sites = [site.id for site in structure.of_kind("attention")]
+    length, sinks = {"vit": (16, 1), "whisper": (9, 1)}.get(name, (9, 0))
+    if name == "t5":
+        for id in sites:
+            with pytest.raises(Refused, match="its mask follows no rule that is known"):  # it is a learned position bias
+                Window(length, sinks).check(program.main, structure.sites[id])
+        return
+    assert error(share(program, *((id, Window(length, sinks)) for id in sites)), program, example) < 1e-9
+    assert error(share(program, *((id, Window(3, sinks)) for id in sites)), program, example) > 1e-6

@@ -37,7 +37,9 @@ PARTS = {
     "llama": ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
     "qwen3": ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
     "gpt2": ("attn", "mlp", "ln_1", "ln_2"),
+    "gpt_neox": ("attention", "mlp", "input_layernorm", "post_attention_layernorm"),
     "bert": ("attention.self attention.output.dense", "intermediate output.dense", "attention.output.LayerNorm", "output.LayerNorm"),
+    "vit": ("attention", "mlp", "layernorm_before", "layernorm_after"),
     "dinov2": ("attention", "mlp", "norm1 layer_scale1", "norm2 layer_scale2"),
     "t5": ("layer.0.SelfAttention", "layer.1.DenseReluDense", "layer.0.layer_norm", "layer.1.layer_norm"),
 }  # fmt: skip

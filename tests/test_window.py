@@ -8,6 +8,8 @@ import language_models as zoo
 import pytest
 import torch
 from test_decode import greedy_by_prefill
+from test_drop import outputs_differ
+from test_share import captured
 from torch import Tensor, nn
 
 from lwcompile.attention import find_attentions
@@ -79,7 +81,7 @@ def test_a_window_equals_the_model_under_a_mask_made_by_hand(name, size, sinks):
     assert zoo.closeness(zoo.run(graph, inputs), wanted, mask) > 1e-3, "the window changed nothing, so the test shows nothing"
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "opt", "gemma3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon", "opt", "gemma3", "mistral"])
 def test_a_window_as_long_as_the_sequence_changes_nothing(name):
     graph, inputs = zoo.captured(name), zoo.batch(3, 14)
     narrow = [a.mask.window for a in find_attentions(graph) if a.mask is not None]
@@ -90,7 +92,20 @@ def test_a_window_as_long_as_the_sequence_changes_nothing(name):
             Window(14).check(graph, find_structure(program).sites["block0.attention"])
         return
     found = zoo.run(windowed(graph, Window(14, 0), layers), inputs)
+    with torch.no_grad():
+        wanted = zoo.build(name)(**{i.name: inputs[i.name] for i in graph.inputs}, use_cache=False).logits
     assert zoo.closeness(found, zoo.run(graph, inputs), inputs["attention_mask"]) < 1e-6
+    assert zoo.closeness(found, wanted, inputs["attention_mask"]) < 1e-5
+
+
+def test_a_window_that_hides_no_pair_of_patches_changes_nothing():
+    """Of ViT's class token and 16 patches the first and the last alone are 16 apart, and the class token is open to all."""
+    model, example, program = captured("vit")
+    wide, narrow = (windowed(program.main, Window(size, 1), (0, 1, 2, 3)) for size in (16, 5))
+    assert outputs_differ(Program({"forward": wide}, wide.store), model, example) < 1e-5
+    assert outputs_differ(Program({"forward": narrow}, narrow.store), model, example) > 1e-3, "so narrow a window changes nothing"
+    with pytest.raises(Refused, match="its 17 positions are always within the window"):
+        Window(17, 1).check(program.main, find_structure(program).sites["block0.attention"])
 
 
 def test_the_rule_is_read_back_from_the_graph():
