@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="the kernels are Triton's: install lwcompile[triton]")
+pytest.importorskip("triton", reason="the kernels are Triton's: install lwcompile[triton]")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 makes kernels interpreted, which do not compile", allow_module_level=True)
 
@@ -52,7 +53,7 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(name: str) -> None:
 
 
 @pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6),
+    tuple(map(int, version("triton").split(".")[:2])) > (3, 6),
     reason="triton lays out loads otherwise from 3.7 on: packed words pass through shared memory first, and what that costs is not known",
 )
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
