@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def known(program: Program, rows: int = 8) -> Context:
 
 
 def test_importance_is_the_energy_of_the_gradient_at_the_layers_output():
-    model: Any = llama(tied=False)
+    model: Any = deepcopy(llama(tied=False))  # the model is everybody's, and hooks stay
     program = llama_program(tied=False)
     ctx = known(program)
     found = token_importance(program, ctx.find_structure(program).of_kind("linear"), ctx)
