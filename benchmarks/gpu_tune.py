@@ -75,9 +75,10 @@ def points(widths: list[int]) -> Iterator[tuple[str, int, int]]:
 
 def use(kernel: str, config: Config) -> None:
     """Make `config` the only rule of a kernel, in this process."""
-    from lwcompile.backends.triton.kernels.launch import kind_of, table_of
+    from lwcompile.backends.triton.kernels.launch import config_for, kind_of, table_of
 
     table_of(kind_of(torch.device("cuda", torch.cuda.current_device())))[kernel] = [config]
+    config_for.cache_clear()
 
 
 def product(kernel: str, x: Any, weight: Any) -> Any:

@@ -6,6 +6,8 @@ Sizes are small, since the interpreter takes about a millisecond a program, and 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -58,6 +60,15 @@ def random_weight(rows: int, width: int, format: NumericFormat) -> tuple[Packed,
 def error(found: Tensor, wanted: Tensor) -> float:
     assert found.shape == wanted.shape and torch.isfinite(found).all()
     return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-30))
+
+
+@contextmanager
+def ruled(**ways: dict[str, int]) -> Iterator[None]:
+    """Each named kernel has one rule, and every product takes it."""
+    with mock.patch.dict(launch_of.table_of("default"), {kernel: [way] for kernel, way in ways.items()}):
+        launch_of.config_for.cache_clear()
+        yield
+    launch_of.config_for.cache_clear()
 
 
 def a_norm(kind: str, width: int) -> Norm | None:
@@ -141,11 +152,21 @@ def test_every_way_that_a_table_may_choose(format, way, m, n, k, bias, residual,
     (packed, _), (up, _) = random_weight(n, k, format), random_weight(n, k, format)
     x, added = torch.randn(m, k), torch.randn(m, n) if residual else None
     options = {"bias": torch.randn(n) if bias else None, "residual": added, "norm": a_norm("rms", k), "activation": "silu"}
-    with mock.patch.dict(launch_of.table_of("default"), {"gemv": [way], "matmul": [way], "gated": [way]}):
+    with ruled(gemv=way, matmul=way, gated=way):
         assert error(linear_of.linear(x, packed), linear_of.linear_reference(x, packed)) < TOLERANCE
         assert error(linear_of.linear(x, packed, **options), linear_of.linear_reference(x, packed, **options)) < TOLERANCE
         found = linear_of.gated(x, packed, up, "gelu", residual=added)
         assert error(found, linear_of.gated_reference(x, packed, up, "gelu", residual=added)) < TOLERANCE
+
+
+@pytest.mark.parametrize("m", [1, 4, 17])
+def test_a_norm_holds_large_activations_within_half_precision(m: int) -> None:
+    """A residual stream of thousands under a gain of tens passes 65504, float16's largest, before it is divided by its size."""
+    torch.manual_seed(0)
+    packed, _ = random_weight(40, 256, NumericFormat(4, 64))
+    x, norm = 4000 * torch.randn(m, 256), Norm("rms", torch.full((256,), 30.0), None, 1e-5)
+    wanted = linear_of.linear_reference(x, packed, norm=norm)
+    assert error(linear_of.linear(x.half(), packed, norm=norm), wanted) < 5e-3
 
 
 @pytest.mark.parametrize("rows,chunks", [(8, 4), (16, 16), (64, 2)])
@@ -155,7 +176,7 @@ def test_one_row_in_blocks_of_other_sizes(rows: int, chunks: int) -> None:
     x = torch.randn(1, 300)
     for bits in (2, 3, 6, 8):
         packed, _ = random_weight(40, 300, NumericFormat(bits, 32))
-        with mock.patch.dict(launch_of.table_of("default"), {"gemv": [way]}):
+        with ruled(gemv=way):
             assert error(linear_of.linear(x, packed), linear_of.linear_reference(x, packed)) < TOLERANCE
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lwcompile.backends.triton.kernels.launch import config_for, launch
+from lwcompile.backends.triton.kernels.launch import cdiv, config_for, launch
 from lwcompile.backends.triton.kernels.packed import Packed, load_tile
 
 
@@ -42,7 +42,7 @@ def _run(kernel: str, table: Packed, ids: Tensor, y: Tensor, m: int, lookup: boo
     if m == 0:
         return
     config = config_for(kernel, y.device, m, table.rows, table.in_features, table.bits)
-    grid = (triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(table.chunks, config["BLOCK_C"]))
+    grid = (cdiv(m, config["BLOCK_M"]), cdiv(table.chunks, config["BLOCK_C"]))
     launch(
         embedding_kernel, grid, config, ids, *table.pointers, y, m, table.rows, table.in_features, table.chunks,
         BITS=table.bits, GROUP=table.group, ZERO=table.kind, LOOKUP=lookup,

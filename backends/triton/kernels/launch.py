@@ -2,8 +2,8 @@
 launch, never at import.
 
 A table maps a kernel to rules, read in order: the first whose limits (`m`, `n`, `k`, `bits`: at most) hold gives the block sizes.
-`gemv`, `matmul` and `gated` may also say how: a rule with STAGES is for `gemv_kernel` (one row only), one with DENSE widens the
-weight and leaves the product to cuBLAS, all others are for `matmul_kernel`.
+`gemv`, `matmul` and `gated` may also say how: a rule with STAGES is for `gemv_kernel` (one row only), one with PARTS for `few_kernel`
+(a few rows), one with DENSE widens the weight and leaves the product to cuBLAS, all others are for `matmul_kernel`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +47,10 @@ def rule_for(table: Mapping[str, list[dict[str, int]]], kernel: str, **sizes: in
     raise KeyError(f"no rule of {kernel} fits {sizes}")
 
 
+@lru_cache(maxsize=4096)  # scanning rules takes as long as a short kernel runs; what changes a table clears this
 def config_for(kernel: str, device: torch.device, m: int, n: int, k: int, bits: int = 16) -> dict[str, int]:
     """The first rule that fits in the device's table; the dict is shared by all calls of these sizes."""
-    rules = table_of(kind_of(device))[kernel]
-    key = (id(rules), m, n, k, bits)
-    if key not in _chosen:
-        if len(_chosen) >= _MOST:
-            _chosen.clear()
-        _chosen[key] = rules, rule_for({kernel: rules}, kernel, m=m, n=n, k=k, bits=bits)
-    return _chosen[key][1]
-
-
-_chosen: dict[tuple[int, ...], tuple[Any, dict[str, int]]] = {}
-"""Rules with the one that fits: rules put in place of others are another key, and while they are held no list takes their id."""
-
-_MOST = 4096
-"""Sizes that change at every call would fill the cache without end; what is used is soon in it again."""
+    return rule_for(table_of(kind_of(device)), kernel, m=m, n=n, k=k, bits=bits)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Mapping[str, int], *args: Any, **constants: Any) -> None:

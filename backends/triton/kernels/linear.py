@@ -22,7 +22,7 @@ from torch import Tensor
 from lwcompile.backends.triton.kernels.activation import ACTIVATIONS, activate
 from lwcompile.backends.triton.kernels.embedding import dequantize
 from lwcompile.backends.triton.kernels.few import few_kernel
-from lwcompile.backends.triton.kernels.launch import config_for, launch
+from lwcompile.backends.triton.kernels.launch import cdiv, config_for, launch, next_power_of_2
 from lwcompile.backends.triton.kernels.norm import NORMS, Norm, normalize
 from lwcompile.backends.triton.kernels.packed import Packed, load_grid, load_tile, load_weights, load_words
 
@@ -216,15 +216,15 @@ def _run(
     if "STAGES" in config:
         gain, shift, eps, kind = (norm.gain, norm.shift, norm.eps, NORMS[norm.kind]) if norm is not None else (None, None, 0.0, 0)
         args = (flat, *first.pointers, *other.pointers, *_or(x, bias, residual, gain, shift), y, n, k, first.chunks, eps)
-        constants |= {"NORM": kind, "SHIFT": shift is not None, "K2": triton.next_power_of_2(k) if kind else 1}
-        launch(gemv_kernel, (triton.cdiv(n, config["BLOCK_N"]),), config, *args, **constants)
+        constants |= {"NORM": kind, "SHIFT": shift is not None, "K2": next_power_of_2(k) if kind else 1}
+        launch(gemv_kernel, (cdiv(n, config["BLOCK_N"]),), config, *args, **constants)
         return y
     if "PARTS" in config:
-        gain, eps = (flat, 0.0) if norm is None else (norm.gain, norm.eps)
-        if norm is not None and norm.kind != "rms":
+        if norm is not None and (norm.kind != "rms" or flat.dtype == torch.float16):  # x * gain may pass float16's largest number
             flat, norm = normalize(flat, norm), None
+        gain, eps = (flat, 0.0) if norm is None else (norm.gain, norm.eps)
         args = (flat, *first.pointers, *other.pointers, *_or(x, bias, residual), gain, y, m, n, k, first.chunks, eps)
-        grid = (triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(m, config["BLOCK_M"]))
+        grid = (cdiv(n, config["BLOCK_N"]), cdiv(m, config["BLOCK_M"]))
         launch(few_kernel, grid, config, *args, **constants, NORM=norm is not None)
         return y
     if norm is not None:
@@ -235,7 +235,7 @@ def _run(
             return parts.view(y.shape)
         both = (parts, parts if second is None else _parts(flat, second, config))
         finishing = config_for("finish", x.device, m, n, k)
-        grid = (triton.cdiv(y.numel(), finishing["BLOCK"]),)
+        grid = (cdiv(y.numel(), finishing["BLOCK"]),)
         split = config.get("SPLIT_K", 1)
         launch(finish_kernel, grid, finishing, *both, *_or(x, bias, residual), y, y.numel(), n, SPLIT=split, **ends)
         return y
@@ -257,7 +257,7 @@ def _parts(flat: Tensor, weight: Packed, config: dict[str, int]) -> Tensor:
 
 
 def _grid(m: int, n: int, config: dict[str, int]) -> tuple[int, int, int]:
-    return triton.cdiv(m, config["BLOCK_M"]), triton.cdiv(n, config["BLOCK_N"]), config["SPLIT_K"]
+    return cdiv(m, config["BLOCK_M"]), cdiv(n, config["BLOCK_N"]), config["SPLIT_K"]
 
 
 def _format(weight: Packed, which: str = "") -> dict[str, int]:
