@@ -26,6 +26,7 @@ from lwcompile.backends.triton.backend import Triton
 from lwcompile.backends.triton.emit import Function, Stored, write_package
 from lwcompile.backends.triton.fusion import find_groups
 from lwcompile.backends.triton.parity import run_package
+from lwcompile.backends.triton.runtime.decoding import Decoding
 from lwcompile.contract import StoredTensor
 from lwcompile.decode import derive_decode
 from lwcompile.errors import VerificationError
@@ -264,6 +265,18 @@ def test_caches_that_roll_grow() -> None:
     function = Function(decode, Stored())
     source = function.source("decode", "tiny")
     assert function.growing == "past_key_values.0.key is more than appended to" and "append(" not in source
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a graph can be made here")
+def test_a_step_that_becomes_no_graph_is_said_and_taken_call_by_call() -> None:
+    def advance(tokens: torch.Tensor, *_: object) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return torch.nn.functional.one_hot((tokens[:, 0] + 1) % 9, 9).float(), []
+
+    decoding = Decoding(advance, [torch.empty(2, 1, 0, 4)], 8)
+    with pytest.warns(UserWarning, match="no CUDA graph of a decoding step"):
+        decoding._replay = decoding._captured()
+    decoding.start(torch.tensor([[3], [5]]), torch.ones(2, 1), torch.ones(2, 1), [torch.zeros(2, 1, 1, 4)])
+    assert [decoding.step().tolist() for _ in range(2)] == [[[4], [6]], [[5], [7]]] and decoding.places.item() == 3
 
 
 @needs_triton

@@ -60,8 +60,8 @@ class Decoding:
 
     def _captured(self) -> Callable[[], None]:
         """The step as a graph. It must have run before, which compiles its kernels."""
-        graph = torch.cuda.CUDAGraph()
         try:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(self.tokens.device), torch.cuda.graph(graph):
                 self._step()
         except RuntimeError as error:
