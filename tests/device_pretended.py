@@ -11,6 +11,7 @@ from pathlib import Path
 import pretend_device
 import pytest
 import tiny
+import torch
 
 from lwcompile.budget import Budget
 from lwcompile.manager import Manager
@@ -21,6 +22,7 @@ from lwcompile.recipe import Recipe
 from lwcompile.registry import make
 from lwcompile.session import Session
 from lwcompile.spec import Spec
+from lwcompile.spill import TensorCache
 
 DATA = {"dataset": "random", "samples": 8, "seqlen": 12}
 P = Spec.parse
@@ -37,13 +39,18 @@ def started(folder: Path, device: str, program: Program, **given: object) -> Ses
 
 
 def test_a_tensor_left_behind_is_found() -> None:
-    import torch
-
     with pretend_device.Pretend():
         there = torch.ones(3).to(pretend_device.NAME)
         with pytest.raises(RuntimeError, match="are not on gpu"):
             there + torch.ones(3)
         assert (there + torch.ones(())).sum().item() == 6
+
+
+def test_what_is_spilled_comes_back_to_its_device(tmp_path: Path) -> None:
+    with pretend_device.Pretend():
+        cache, there = TensorCache(0, tmp_path), torch.arange(6.0).view(2, 3).to(pretend_device.NAME)
+        cache["x"] = there
+        assert cache.spilled == 24 and cache["x"].device == there.device and cache["x"].cpu().tolist() == there.cpu().tolist()
 
 
 def test_a_whole_run_is_the_same(tmp_path: Path) -> None:
