@@ -151,10 +151,7 @@ class Context:
         """Tensors made once under this token in this run; kept in the run directory too where `scope` names what they rest on."""
         if token in self.memo:
             return self.memo[token]
-        if self.scope:
-            self.memo[token] = self.cached_tensors(content_key(self.scope, token), make)
-        else:
-            self.memo[token] = {name: tensor.cpu() for name, tensor in make().items()}
+        self.memo[token] = self.cached_tensors(content_key(self.scope, token) if self.scope else None, make)
         return self.memo[token]
 
     # --- samples and activations
@@ -263,11 +260,16 @@ class Context:
         self.memo = memo
         return changed
 
-    def offers(self, program: Program) -> list[tuple[tuple[str, ...], Spec]]:
-        """Every option that an analysis has to price, with the sites that carry it together."""
+    def offers(
+        self, program: Program, only: str | Sequence[str] | None = None, joint: bool = True
+    ) -> list[tuple[tuple[str, ...], Spec]]:
+        """Every option that an analysis has to price, with the sites that carry it together: of the transforms that `only` names, if it
+        names any, and without those that join two if `joint` is false."""
+        names = (only,) if isinstance(only, str) else only
         units = self.units(program, self.options)
-        common = [(unit, set.intersection(*(set(self.options[id]) for id in unit))) for unit in units]
-        return [(unit, spec) for unit, shared in common for spec in self.options[unit[0]] if spec in shared and spec != KEEP]
+        common = [(unit, set.intersection(*(set(self.options[id]) for id in unit)) - {KEEP}) for unit in units]
+        wanted = [(unit, spec) for unit, shared in common for spec in self.options[unit[0]] if spec in shared]
+        return [(unit, spec) for unit, spec in wanted if (names is None or spec.name in names) and (joint or not spec.then)]
 
     def shares(self, program: Program, unit: Sequence[str], damage: Damage) -> Iterator[tuple[str, Damage]]:
         """A unit's damage as its sites' damages, which sum to it.
@@ -313,11 +315,11 @@ class Context:
                 self.rundir.put(key, found)
         return found
 
-    def cached_tensors(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The same for tensors by name, on the CPU."""
-        found = self.rundir.get_tensors(key) if self.rundir is not None else None
+    def cached_tensors(self, key: str | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The same for tensors by name, on the CPU. Without a key they are made and not stored."""
+        found = self.rundir.get_tensors(key) if self.rundir is not None and key is not None else None
         if found is None:
             found = {name: tensor.cpu() for name, tensor in make().items()}
-            if self.rundir is not None:
+            if self.rundir is not None and key is not None:
                 self.rundir.put_tensors(key, found)
         return found

@@ -61,7 +61,7 @@ class Fisher(AnalysisPass):
             raise BadPlan(f"fisher needs at least one token and one draw, not {self.tokens} and {self.draws}")
 
     def run(self, program: Program, ctx: Context) -> Iterator[tuple[str, Spec, Damage] | tuple[str, Score]]:
-        jobs = [(unit, option) for unit, option in ctx.offers(program) if self._wants(option)]
+        jobs = ctx.offers(program, self.only, self.joint)
         sites = ctx.find_structure(program).of_kind("linear")
         traced = [site for site in sites if site.weight is not None and site.id not in ctx.options]
         codes = sorted({code for option in {option for _, option in jobs} for code in ctx.code_of(option)})
@@ -76,7 +76,3 @@ class Fisher(AnalysisPass):
                 yield id, option, damage
         for site, row in zip(traced, found["traces"]):
             yield site.id, Score(**row)
-
-    def _wants(self, option: Spec) -> bool:
-        named = (self.only,) if isinstance(self.only, str) else self.only
-        return (named is None or option.name in named) and (self.joint or not option.then)

@@ -55,7 +55,7 @@ class Measured(AnalysisPass):
 
     def run(self, program: Program, ctx: Context) -> Iterator[tuple[str, Spec, Damage]]:
         trial, whole = _Trial(self, program, ctx), replace(self, only=None, joint=True, units=None)
-        offers = [(unit, option) for unit, option in ctx.offers(program) if self._wants(option)]
+        offers = ctx.offers(program, self.only, self.joint)
         if self.units is not None:
             drawn = self._draw(program, ctx, [unit for unit, _ in offers])
             offers = [(unit, option) for unit, option in offers if unit in drawn]
@@ -70,10 +70,6 @@ class Measured(AnalysisPass):
                     continue
                 for id, damage in ctx.shares(program, unit, Damage(**found, measured=True)):
                     yield id, option, damage
-
-    def _wants(self, option: Spec) -> bool:
-        named = (self.only,) if isinstance(self.only, str) else self.only
-        return (named is None or option.name in named) and (self.joint or not option.then)
 
     def _draw(self, program: Program, ctx: Context, units: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
         """`units` of each kind of site, at random."""
