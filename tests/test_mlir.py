@@ -193,7 +193,7 @@ def test_the_command_line_writes_a_packed_module_whose_bytes_are_as_priced(tmp_p
     (tmp_path / "recipe.yaml").write_text(
         "analyses: ['fisher{tokens=64}']\n"
         "options: {linear: 'quantize{bits=[3,4],group_size=16,solver=rtn}'}\n"
-        "budget: {bytes: 90000}\n"
+        "budget: {bytes: 200000}\n"
         "calibration: {dataset: random, samples: 4, seqlen: 8}\nevaluation: {dataset: random, samples: 4, seqlen: 8}\n"
     )
     line = [
@@ -212,6 +212,7 @@ def test_the_command_line_writes_a_packed_module_whose_bytes_are_as_priced(tmp_p
     assert cli.run(line) == 0, capsys.readouterr().err
     said = json.loads(capsys.readouterr().out)
     assert said["parity"]["errors"] and max(said["parity"]["errors"].values()) < TOLERANCE
+    assert (tmp_path / "out" / "model.vmfb").stat().st_size == pytest.approx(said["bytes"]["planned"], rel=0.15)
     assert (tmp_path / "out" / "model.mlir").read_bytes().startswith(b"ML\xefR")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["backend"] == "mlir" and {"model.mlir", "model.mlir.json"} <= manifest["files"].keys()
