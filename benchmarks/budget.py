@@ -3,10 +3,10 @@
     python -m benchmarks.texts texts && python -m benchmarks.budget --texts texts
 
 quantization only: bits and groups at every weight. Drops on a 4-bit base: everything in 4 bits, and whole sublayers leave until the size
-is met. All together: bits, groups, dropped sublayers and narrower MLPs in one table. All are chosen by the same search over whole
-plans (as many measured each) from the same scores, on the Debian Reference, compressed by the same solver, and judged on the Python
-tutorial. Bytes are the program folder's, everything stored counted; 40 MB is 2.4 bits a parameter. SmolLM2's linears lie on a Q4_1 grid,
-so figures at 4 bits are of a re-quantization.
+is met. All together: bits, groups, dropped sublayers and narrower MLPs in one table. All are chosen by the same search over whole plans
+(as many measured each; `--evaluations 0`: by the integer program alone) from the same scores, on the Debian Reference, compressed by the
+same solver, and judged on the Python tutorial. Bytes are the program folder's, everything stored counted; 40 MB is 2.4 bits a parameter.
+SmolLM2's linears lie on a Q4_1 grid, so figures at 4 bits are of a re-quantization.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +82,16 @@ def spent(plan: Plan) -> str:
 
 
 def planned(run: Session, case: str, size: str, options: argparse.Namespace) -> Plan:
-    """The plan of an earlier run in this run directory, or a new one. `InfeasibleBudget` where none fits."""
+    """The plan that the same allocator made earlier in this run directory, or a new one. `InfeasibleBudget` where none fits."""
     kept = options.run_dir / f"{case.replace(' ', '-')}-{size}.yaml"
-    if kept.is_file():
-        return Plan.load(kept)
-    table = run.table
-    search = make("allocators", Spec.of("search", evaluations=options.evaluations))
-    with run.progress.task(f"{case}, {size}", options.evaluations) as task:
-        oracle = Oracle(run.dense, run.structure, run._ready(), options.tokens, task)
-        offered = table.offering(lambda choice: CASES[case](choice.options))
-        plan = search.allocate(offered, Budget(bytes=parse_size(size)), oracle)
+    way = Spec.of("search", evaluations=options.evaluations) if options.evaluations else Spec("integer_program")
+    allocator = make("allocators", way)
+    if kept.is_file() and (plan := Plan.load(kept)).origin["allocator"] == str(allocator.spec()):
+        return plan
+    table, budget = run.table, Budget(bytes=parse_size(size))
+    offered = table.offering(lambda choice: CASES[case](choice.options))
+    with run.progress.task(f"{case}, {size}", options.evaluations) if options.evaluations else nullcontext() as task:
+        plan = allocator.allocate(offered, budget, Oracle(run.dense, run.structure, run._ready(), options.tokens, task))
     plan.save(kept, table)
     return plan
 
@@ -111,7 +112,7 @@ def main() -> None:
     texts_of.arguments(parser)
     parser.add_argument("--sizes", nargs="*", default=["72MB", "60MB", "50MB", "40MB"])
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--evaluations", type=int, default=64, help="whole plans that each search measures")
+    parser.add_argument("--evaluations", type=int, default=64, help="whole plans that each search measures; 0: no search")
     parser.add_argument("--tokens", type=int, default=2048, help="calibration tokens that each of them runs over")
     parser.add_argument("--heal", type=int, default=100_000, help="tokens to distil on; 0 heals nothing")
     parser.add_argument("--healers", nargs="*", default=["distill"], help="how, one or more; the steps follow from the tokens")
@@ -137,7 +138,8 @@ def main() -> None:
                 better = healed(run, made, healer, options)
                 after[healer] = None if better is None else run.measure(better)["damage"]
             cells = [size, case, spent(plan), f"{plan.predicted:.3f}"]
-            cells += [f"{plan.origin['conditional_at_start']:.3f} to {plan.conditional:.3f}"]
+            start = plan.origin.get("conditional_at_start")
+            cells += ["not searched" if start is None else f"{start:.3f} to {plan.conditional:.3f}"]
             cells += ["refused" if e is None else f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})" for e in (found, *after.values())]
             took = f"<!-- {time.process_time() - started:.0f} s of processor time -->"
             print(f"| {' | '.join(cells)} | {took}", flush=True)
