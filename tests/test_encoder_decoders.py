@@ -101,6 +101,13 @@ def logits(model: Any, example: dict[str, Tensor]) -> Tensor:
         return model(**example, use_cache=False).logits
 
 
+def assert_is(edited: Any, example: Any, changed: Program, instead_of: Program) -> None:
+    """The changed program computes what the edited module does, and the dense one does not, or the test would show nothing."""
+    wanted = logits(edited, example)
+    assert relative_error(wanted, run(changed, example)) < 1e-5
+    assert relative_error(wanted, run(instead_of, example)) > 1e-3, "the edit changed nothing"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_program_is_the_module(name: str) -> None:
     model, example, program = captured(name)
@@ -116,9 +123,7 @@ def test_dropping_a_sublayer_equals_the_module_without_it(name: str, id: str) ->
     model, example, program = captured(name)
     edited, dropped = copy.deepcopy(model), drop(program, [id])
     silence(name, edited, id)
-    wanted = logits(edited, example)
-    assert relative_error(wanted, run(dropped, example)) < 1e-5
-    assert relative_error(wanted, run(program, example)) > 1e-3, "the removal changed nothing, so the test shows nothing"
+    assert_is(edited, example, dropped, instead_of=program)
     assert dropped.parameter_count() < program.parameter_count()
 
 
@@ -139,9 +144,7 @@ def test_dropping_blocks_equals_the_module_with_shorter_stacks(name: str) -> Non
     del layers(name, edited, "encoder")[1]
     del layers(name, edited, "decoder")[last]
     dropped = drop(program, ["encoder.block1", f"decoder.block{last}"])
-    wanted = logits(edited, example)
-    assert relative_error(wanted, run(dropped, example)) < 1e-5
-    assert relative_error(wanted, run(program, example)) > 1e-3, "the removal changed nothing, so the test shows nothing"
+    assert_is(edited, example, dropped, instead_of=program)
 
 
 def test_a_dropped_first_block_leaves_t5_its_position_bias() -> None:
@@ -178,9 +181,7 @@ def test_sharing_equals_the_module_copied_by_hand(name: str, id: str, norms: Lit
         if own == id or own.startswith(f"{id}."):
             source = own.translate(str.maketrans("01", "10"))
             copy_by_hand(name, edited, own, source, norms)
-    wanted = logits(edited, example)
-    assert relative_error(wanted, run(shared, example)) < 1e-5
-    assert relative_error(wanted, run(program, example)) > 1e-3, "the copy changed nothing, so the test shows nothing"
+    assert_is(edited, example, shared, instead_of=program)
     assert shared.parameter_count() < program.parameter_count()
 
 
