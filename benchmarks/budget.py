@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks import texts as texts_of
 from benchmarks.models import program
 from lwcompile.budget import Budget, parse_size
+from lwcompile.damage import Estimate
 from lwcompile.data import load_dataset
 from lwcompile.errors import InfeasibleBudget
 from lwcompile.manager import Manager
@@ -35,7 +36,7 @@ from lwcompile.recipe import Recipe
 from lwcompile.registry import make
 from lwcompile.session import Session
 from lwcompile.spec import Spec
-from lwcompile.table import Options
+from lwcompile.table import Options, OptionTable
 
 NUMERIC = (
     "quantize{bits=[2,3,4,5,6,8],group_size=64}",
@@ -81,19 +82,33 @@ def spent(plan: Plan) -> str:
     return ", ".join([*words, *([f"{len(narrow)} MLPs narrowed"] if narrow else [])])
 
 
-def planned(run: Session, case: str, size: str, options: argparse.Namespace) -> Plan:
+def scored(run: Session, options: argparse.Namespace) -> OptionTable:
+    """The table of options, as an earlier run left it or made now; left in the run directory."""
+    table = run.table if options.table is None else OptionTable.from_json(options.table.read_bytes())
+    if unknown := sorted(table.sites.keys() - run.structure.sites.keys()):
+        raise SystemExit(f"{options.table} has a site {unknown[0]}, which this model has not")
+    options.run_dir.mkdir(parents=True, exist_ok=True)
+    (options.run_dir / "table.json").write_text(table.to_json(), encoding="utf-8")
+    return table
+
+
+def planned(run: Session, table: OptionTable, case: str, size: str, options: argparse.Namespace) -> Plan:
     """The plan that the same allocator made earlier in this run directory, or a new one. `InfeasibleBudget` where none fits."""
     kept = options.run_dir / f"{case.replace(' ', '-')}-{size}.yaml"
     way = Spec.of("search", evaluations=options.evaluations) if options.evaluations else Spec("integer_program")
     allocator = make("allocators", way)
     if kept.is_file() and (plan := Plan.load(kept)).origin["allocator"] == str(allocator.spec()):
         return plan
-    table, budget = run.table, Budget(bytes=parse_size(size))
+    budget = Budget(bytes=parse_size(size))
     offered = table.offering(lambda choice: CASES[case](choice.options))
     with run.progress.task(f"{case}, {size}", options.evaluations) if options.evaluations else nullcontext() as task:
         plan = allocator.allocate(offered, budget, Oracle(run.dense, run.structure, run._ready(), options.tokens, task))
     plan.save(kept, table)
     return plan
+
+
+def said(damage: Estimate | None) -> str:
+    return "refused" if damage is None else f"{damage.mean:.3f} ({damage.low:.3f} to {damage.high:.3f})"
 
 
 def healed(run: Session, made: Program, healer: str, options: argparse.Namespace) -> Program | None:
@@ -110,17 +125,19 @@ def healed(run: Session, made: Program, healer: str, options: argparse.Namespace
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     texts_of.arguments(parser)
-    parser.add_argument("--sizes", nargs="*", default=["72MB", "60MB", "50MB", "40MB"])
+    parser.add_argument("--sizes", nargs="*", default=["72MB", "60MB", "50MB", "40MB"], help="none: only score")
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--evaluations", type=int, default=64, help="whole plans that each search measures; 0: no search")
     parser.add_argument("--tokens", type=int, default=2048, help="calibration tokens that each of them runs over")
     parser.add_argument("--heal", type=int, default=100_000, help="tokens to distil on; 0 heals nothing")
     parser.add_argument("--healers", nargs="*", default=["distill"], help="how, one or more; the steps follow from the tokens")
-    parser.add_argument("--run-dir", type=Path, default=Path("lwcompile-runs/budget"), help="keeps scores and plans")
+    parser.add_argument("--table", type=Path, help="scores that another run left in its run directory, instead of scoring")
+    parser.add_argument("--run-dir", type=Path, default=Path("lwcompile-runs/budget"), help="keeps scores (table.json) and plans")
     parser.add_argument("--out", type=Path, help="add the rows to this file as JSON lines")
     options = parser.parse_args()
     settings = Settings(recipe=recipe(options.texts), run_dir=options.run_dir, device=options.device)
     run = session(program("smollm2"), settings, terminal_progress())
+    table = scored(run, options)
     healers = options.healers if options.heal else []
     head = ["size", "way", "plan", "predicted", "searched on calibration text", "KL, nats a token", *healers]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
@@ -128,21 +145,21 @@ def main() -> None:
         for case in options.cases:
             started = time.process_time()
             try:
-                plan = planned(run, case, size, options)
+                plan = planned(run, table, case, size, options)
             except InfeasibleBudget as error:
                 print(f"| {size} | {case} | {error} |{' |' * (len(head) - 3)}", flush=True)
                 continue
             made = run.compress(plan)
             found, after = run.measure(made)["damage"], {}
+            start = plan.origin.get("conditional_at_start")
+            searched = "not searched" if start is None else f"{start:.3f} to {plan.conditional:.3f}"
+            cells = [size, case, spent(plan), f"{plan.predicted:.3f}", searched, said(found)]
+            print(f"| {' | '.join(cells)} |", end="", flush=True)  # healing takes long: what is known is shown
             for healer in healers:
                 better = healed(run, made, healer, options)
                 after[healer] = None if better is None else run.measure(better)["damage"]
-            cells = [size, case, spent(plan), f"{plan.predicted:.3f}"]
-            start = plan.origin.get("conditional_at_start")
-            cells += ["not searched" if start is None else f"{start:.3f} to {plan.conditional:.3f}"]
-            cells += ["refused" if e is None else f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})" for e in (found, *after.values())]
-            took = f"<!-- {time.process_time() - started:.0f} s of processor time -->"
-            print(f"| {' | '.join(cells)} | {took}", flush=True)
+                print(f" {said(after[healer])} |", end="", flush=True)
+            print(f" <!-- {time.process_time() - started:.0f} s of processor time -->", flush=True)
             if options.out is not None:
                 row = {"size": size, "case": case, "plan": spent(plan), "damage": found.to_json()}
                 row |= {"healed": {healer: e and e.to_json() for healer, e in after.items()}}
