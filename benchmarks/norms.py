@@ -85,6 +85,7 @@ class Curve:
     def unhealed(self, count: int) -> float:
         if count not in self.before:
             self.before[count] = self.run.measure(self.frozen(count))["damage"]
+            print(f"<!-- {count} frozen: {_cell(self.before[count])} -->", flush=True)  # a run may be stopped
         return self.before[count].mean
 
     def healed(self, count: int) -> float:
@@ -95,6 +96,7 @@ class Curve:
                 raise SystemExit(f"{self.run.recipe.heal} refused: {self.run.context.remarks[-1].text}")
             self.after[count] = self.run.measure(made)["damage"]
             self.kept[count] = f"{done.kept}/{done.steps}"
+            print(f"<!-- {count} healed: {_cell(self.after[count])}, step {self.kept[count]} -->", flush=True)
         return self.after[count].mean
 
     def most_unhealed(self, limit: float) -> int:
