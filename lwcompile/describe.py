@@ -24,9 +24,6 @@ def describe_model(model: Any, *, image_size: int | None = None, config: Mapping
     """The source of a loaded transformers model: task, example inputs, free dimensions, entry points."""
     described = dict(config) if config is not None else _configuration(model)
     model = private_copy(model)
-    for module in model.modules():
-        if hasattr(getattr(module, "config", None), "use_cache"):
-            module.config.use_cache = False
     takes = inspect.signature(model.forward).parameters
     if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         example, dynamic, parts = _encoder_decoder(model, takes)

@@ -258,13 +258,19 @@ def _output_names(exported: Any) -> list[str]:
 
 
 def private_copy(model: nn.Module) -> nn.Module:
-    """The model in float32 and eval mode, its tensors shared where they are float32; the caller's own is left alone."""
+    """The model in float32 and eval mode, its tensors shared where they are float32; the caller's own is left alone.
+
+    A transformers model puts out no cache any more: decoding is derived from the graph.
+    """
     shared = itertools.chain(model.parameters(), model.buffers())
     memo = {id(tensor): tensor for tensor in shared if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float64)}
     try:
         clone = copy.deepcopy(model, memo)
     except Exception as error:
         raise BadInput(f"{type(model).__name__} cannot be copied ({error}): give a module that copy.deepcopy takes") from error
+    for module in clone.modules():
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = False
     return nn.Module.float(clone.eval())  # transformers' own refuses models that came from a GGUF file
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lwcompile.describe import describe_model
 from lwcompile.errors import BadInput
+from lwcompile.pipeline import capture
 from lwcompile.sources import Source, find_license, open_source, origin_of, private_copy, weights_digest
 
 transformers = pytest.importorskip("transformers")
@@ -484,3 +485,11 @@ def test_equal_models_have_equal_origins(tmp_path):
     assert origin_of(a) == origin_of(b) == open_source(a).origin
     rewrite(b, lambda t: t["encoder.layer.0.output.dense.bias"].add_(1))
     assert origin_of(a) != origin_of(b) and origin_of("module:function") is None
+
+
+def test_a_language_model_with_inputs_of_its_own_puts_out_no_cache():
+    from tiny import llama
+
+    model, ids = llama(), torch.ones(2, 9, dtype=torch.long)
+    assert capture(model, {"input_ids": ids}).main.outputs == ["logits"]
+    assert model.config.use_cache, "the caller's own is left alone"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lwcompile.attention import Attention, slots
 from lwcompile.context import Context
+from lwcompile.contract import StoredTensor
 from lwcompile.executor import Executor
 from lwcompile.graph import ModelGraph
 from lwcompile.site import Site
@@ -33,7 +34,7 @@ class Sample(NamedTuple):
 
 @torch.no_grad()
 def samples(graph: ModelGraph, site: Site, a: Attention, ctx: Context, tokens: int) -> list[Sample]:
-    """Of the dense program, batch by batch."""
+    """Of the dense program, batch by batch, in float32."""
     program: Any = ctx.program if ctx.program is not None else graph
     executor, padding = Executor(program, ctx.device), a.mask.padding if a.mask is not None else None
     prefix = "" if a.node.name in executor.index else f"{site.entry}/"
@@ -43,11 +44,20 @@ def samples(graph: ModelGraph, site: Site, a: Attention, ctx: Context, tokens: i
         seen: dict[str, Tensor] = {}
         taps = {key: partial(seen.setdefault, key) for key in keys}
         executor.advance(executor.start(batch), 0, executor.position(keys[-1]) + 1, taps)
-        query, key, value, wanted = (seen[key] for key in keys)
+        query, key, value, wanted = (seen[key].float() for key in keys)
         open_ = batch[padding].to(ctx.device).bool() if padding is not None else None
         found.append(Sample(query, key, value, open_, wanted))
     executor.release()
     return found
+
+
+def dtype_of(a: Attention) -> torch.dtype:
+    """What an attention computes in, and its maps are stored in; they are fitted in float32."""
+    return a.query.meta["val"].dtype
+
+
+def stored_maps(a: Attention, *shapes: tuple[int, ...]) -> list[StoredTensor]:
+    return [StoredTensor(shape, dtype=str(dtype_of(a)).removeprefix("torch.")) for shape in shapes]
 
 
 def fit(

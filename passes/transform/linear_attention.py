@@ -30,7 +30,7 @@ from lwcompile.errors import BadPlan, Refused
 from lwcompile.graph import ModelGraph
 from lwcompile.linear_attention import GATE, Maps, attend
 from lwcompile.masks import Formula, padding_of
-from lwcompile.passes.transform._transfer import Sample, fit, samples, scale_of
+from lwcompile.passes.transform._transfer import Sample, dtype_of, fit, samples, scale_of, stored_maps
 from lwcompile.site import Site, SiteKind
 
 NAMES = ("map_query", "map_key", "gate")
@@ -78,7 +78,7 @@ class Linear(TransformPass):
         maps = ctx.solved(token, lambda: self._fit(graph, site, a, ctx))
         open_ = padding_of(Formula(graph, a.node), a.mask.padding) if a.mask.padding is not None else None
         with graph.graph.inserting_before(a.node):
-            stored = [graph.get_attr(f"{site.id}.linear.{name}", maps[name]) for name in NAMES]
+            stored = [graph.get_attr(f"{site.id}.linear.{name}", maps[name].to(dtype_of(a))) for name in NAMES]
             args = (a.query, a.key, a.value, open_, None, *stored, self.window, scale_of(a))
             call = graph.graph.call_function(HYBRID, args)
         call.meta.update(path=a.node.meta.get("path", ""), val=a.node.meta["val"])
@@ -93,8 +93,8 @@ class Linear(TransformPass):
 
     def stored(self, graph: ModelGraph, site: Site) -> list[StoredTensor]:
         a = self._attention(graph, site)
-        maps = [StoredTensor((n, a.key_width, a.key_width)) for n in (a.heads, a.kv_heads)]
-        return [*beside_weights(graph, site), *maps, StoredTensor((a.heads,))]
+        maps = [(n, a.key_width, a.key_width) for n in (a.heads, a.kv_heads)]
+        return [*beside_weights(graph, site), *stored_maps(a, *maps, (a.heads,))]
 
     # --- attention transfer
 

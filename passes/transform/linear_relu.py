@@ -29,7 +29,7 @@ from lwcompile.contract import StoredTensor, TransformPass
 from lwcompile.errors import BadPlan, Refused
 from lwcompile.graph import ModelGraph
 from lwcompile.masks import Formula, padding_of
-from lwcompile.passes.transform._transfer import Sample, fit, samples
+from lwcompile.passes.transform._transfer import Sample, dtype_of, fit, samples, stored_maps
 from lwcompile.probe import ancestors, value_inputs
 from lwcompile.relu_attention import Maps, attend
 from lwcompile.site import Site, SiteKind
@@ -84,7 +84,7 @@ class LinearRelu(TransformPass):
         padding = a.mask.padding if a.mask is not None else None
         open_ = padding_of(Formula(graph, a.node), padding) if padding is not None else None
         with graph.graph.inserting_before(a.node):
-            stored = [graph.get_attr(f"{site.id}.linear_relu.{name}", maps[name]) for name in NAMES]
+            stored = [graph.get_attr(f"{site.id}.linear_relu.{name}", maps[name].to(dtype_of(a))) for name in NAMES]
             call = graph.graph.call_function(RELU, (a.query, a.key, a.value, open_, *stored, first, rows))
         call.meta.update(path=a.node.meta.get("path", ""), val=a.node.meta["val"])
         a.node.replace_all_uses_with(call)
@@ -98,7 +98,7 @@ class LinearRelu(TransformPass):
 
     def stored(self, graph: ModelGraph, site: Site) -> list[StoredTensor]:
         a, _, rows = self._attention(graph, site)
-        return [*beside_weights(graph, site), *(StoredTensor(shape) for shape in self._shapes(a, rows))]
+        return [*beside_weights(graph, site), *stored_maps(a, *self._shapes(a, rows))]
 
     def _shapes(self, a: Attention, rows: int) -> list[tuple[int, ...]]:
         maps = [(n, a.key_width + 1, a.key_width) for n in (a.heads, a.kv_heads)]
