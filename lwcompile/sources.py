@@ -268,7 +268,8 @@ def private_copy(model: nn.Module) -> nn.Module:
         clone = copy.deepcopy(model, memo)
     except Exception as error:
         raise BadInput(f"{type(model).__name__} cannot be copied ({error}): give a module that copy.deepcopy takes") from error
-    for config in (getattr(module, "config", None) for module in clone.modules()):
+    for module in clone.modules():
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "use_cache"):
             config.use_cache = False
     return nn.Module.float(clone.eval())  # transformers' own refuses models that came from a GGUF file
