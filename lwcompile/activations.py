@@ -84,6 +84,8 @@ def _inputs(
         if site.kind in ("block", *SUBLAYER_KINDS):
             source = key.removesuffix(site.node) + site.skip
             plan.append((executor.index.get(source, -1) + 1, site, source, ""))
+        elif (constant := executor.constant_input(site)) is not None:
+            yield site, key, [constant]
         else:
             plan.append((executor.position(key), site, executor.input_of(key), key))
     for _, site, source, key in sorted(plan, key=lambda item: item[0]):

@@ -58,6 +58,8 @@ class SequentialPrefix:
             return None
         executor = self.cursor.executor
         first, *others = self.places.get(site.id, [site])
+        if executor.constant_input(first) is not None:
+            return None  # compressed or not, it is fed the same
         key = executor.key(first)
         token = (tuple(executor.input_of(executor.key(s)) for s in (first, *others)), wanted)
         if self._last is None or self._last[0] != token:

@@ -53,6 +53,7 @@ class Executor:
         self.steps: list[Step] = []
         self.outputs: dict[str, str | fx.Node | None] = {}
         self._keys: dict[fx.Node, str] = {}
+        self._entries = entries
         self._constant: dict[fx.Node, ModelGraph] = {}
         self._held: dict[Any, Tensor] = {}
         self._held_bytes = 0
@@ -112,6 +113,13 @@ class Executor:
     def input_of(self, key: str) -> str:
         """The key of what a layer is fed: the first argument of its call that is not a stored tensor."""
         return self.reads(self.steps[self.position(key)])[0]
+
+    def constant_input(self, site: Site) -> Tensor | None:
+        """What a layer is fed that reads stored tensors alone, such as one over relative positions, and is no step; else None."""
+        graph = self._entries.get(site.entry)
+        calls = (n for n, g in self._constant.items() if n.name == site.node and g is graph and n.op == "call_function")
+        call = next(calls, None)
+        return None if call is None else self.constant(call.args[0])  # type: ignore[arg-type]
 
     def inputs(self) -> list[str]:
         """Names of the inputs that a sample must give: all but those an earlier entry feeds."""
