@@ -1,7 +1,6 @@
 """The canonical form: exact rewrites that every capture goes through, so that passes see one spelling of each operation.
 
 noise            assertions on metadata, dropout in eval, copies and full slices                -> gone
-copy             `copy(x, y)` of y in the shape and type of x                                   -> y
 clone + view     `_unsafe_view(clone(x), s)`                                                    -> `reshape(x, s)`
 casts            `to(...)` in its many spellings                                                -> `_to_copy(x, dtype=...)`
 transposed       `addmm(b, x, W)`, `matmul(x, W)`, `mm(x, t(W))` with a stored W                -> `linear(x, W', b)`
@@ -80,13 +79,6 @@ def remove_noise(graph: ModelGraph) -> None:
             graph.graph.erase_node(node)
         elif _is_noise(node):
             _replace(node, node.args[0])  # type: ignore[arg-type]
-
-
-def plain_copies(graph: ModelGraph) -> None:
-    """`copy(x, y)`, which has no derivative, is y where y has x's shape and type."""
-    for node in iterate_calls(graph, aten.copy.default):
-        if _same_type(node, node.args[1]):
-            _replace(node, node.args[1])  # type: ignore[arg-type]
 
 
 def plain_casts(graph: ModelGraph) -> None:
@@ -231,7 +223,6 @@ def explicit_scales(graph: ModelGraph) -> None:
 
 RULES: tuple[Callable[[ModelGraph], None], ...] = (
     remove_noise,
-    plain_copies,
     plain_casts,
     reshape_views,
     fold_constants,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lwcompile.errors import Refused
 from lwcompile.executor import Executor, Tap
 from lwcompile.memory import give_back
 from lwcompile.metric import sample_labels
@@ -33,6 +34,9 @@ def token_importance(program: Program, sites: Iterable[Site], ctx: Context) -> d
 
     Linears that are fed one tensor get the sum of theirs. Sites whose output the metric does not read are left out. Tokens are
     in the order of the samples; those of a joint metric's incomplete last group get the mean.
+
+    Raises:
+        Refused: an operator of the graph has no derivative.
     """
     executor, metric = Executor(program, ctx.device), ctx.need_metric()
     keys = {executor.key(site): site.id for site in sites}
@@ -52,7 +56,11 @@ def token_importance(program: Program, sites: Iterable[Site], ctx: Context) -> d
             if whole:
                 with torch.enable_grad():
                     log_p = metric.distribution(outputs, batch)
-                log_p.gather(1, sample_labels(log_p.detach(), generator)).sum().backward()
+                likelihood = log_p.gather(1, sample_labels(log_p.detach(), generator)).sum()
+                try:
+                    likelihood.backward()
+                except RuntimeError as error:  # an operator without a derivative
+                    raise Refused(f"no gradient passes through the graph ({str(error).splitlines()[0]})") from error
             for id, count in counts.items():
                 rows[id] += count
                 if id in seen:
@@ -91,7 +99,8 @@ def weights_of(ctx: Context, site: Site, power: float, shapes: Sequence[Sequence
     """How much each calibration token counts at a linear, [...] for each of these shapes [...] of its input's batches.
 
     Linears that are fed one tensor share their importance, summed. None where all tokens count alike: at power 0, and, with a
-    note, where the metric reads nothing of the layer, knows no distribution to draw labels from, or a router gathers the tokens.
+    note, where the metric reads nothing of the layer, knows no distribution to draw labels from, no gradient passes through the
+    graph, or a router gathers the tokens.
     """
     alike = [None] * len(shapes)
     if power == 0 or ctx.program is None or ctx.metric is None:
@@ -99,7 +108,8 @@ def weights_of(ctx: Context, site: Site, power: float, shapes: Sequence[Sequence
     if not ctx.metric.predicts:
         ctx.note("importance", "", f"{ctx.metric!r} has no distribution to draw labels from: calibration tokens count alike")
         return alike
-    energies = importance_of(ctx, ctx.program)
+    if not (energies := importance_of(ctx, ctx.program)):
+        return alike
     origin, _ = ctx.derived.get(site.id, (site, None))  # a factor's tokens matter as those of the weight it came from do
     found = energies.get(origin.id)
     sizes = [math.prod(shape) for shape in shapes]
@@ -120,7 +130,11 @@ def importance_of(ctx: Context, program: Program) -> Mapping[str, Tensor]:
         code, given = code_hash(token_importance), ctx.need_calibration().content_hash
         key = content_key("importance", code, program.digest(), given, repr(ctx.metric), ctx.seed, versions())
         sites = ctx.find_structure(program).of_kind("linear")
-        ctx.energies = ctx.cached_tensors(key, lambda: token_importance(program, sites, ctx))
+        try:
+            ctx.energies = ctx.cached_tensors(key, lambda: token_importance(program, sites, ctx))
+        except Refused as refusal:
+            ctx.note("importance", "", f"{refusal}: calibration tokens count alike")
+            ctx.energies = {}
     return ctx.energies
 
 
