@@ -1,7 +1,7 @@
 """Inductor over a graph whose weights are the code's first inputs: what it compiles can be kept in a file and used again.
 
-Packed codes are turned into dense weights when the graph is compiled, so that a quantized graph runs at the dense one's speed,
-and takes its memory.
+Products with packed weights read them as they are packed, in C++ of our own, wherever that is measured to be faster than a dense
+weight (`products`); numbers stay float32, and nothing is rounded that the graph does not round.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
+from lwcompile.backends.inductor import products
 from lwcompile.contract import Code, Codegen
 from lwcompile.graph import ModelGraph
 from lwcompile.ops import is_unpacking
@@ -30,12 +31,14 @@ class Inductor(Codegen):
     Options:
         freezing: weights become constants, packed for the processor's products: some products gain, compiling takes longer, and
             the code cannot be kept for another process.
+        products: of packed weights: `measured` takes the fastest way for each shape, `packed` never a dense weight, `dense` always.
     """
 
     name: ClassVar[str] = "inductor"
     automatic: ClassVar[int] = 10
 
     freezing: bool = False
+    products: Literal["measured", "packed", "dense"] = "measured"
 
     def unavailable(self) -> str | None:
         return missing_compiler()
@@ -45,12 +48,13 @@ class Inductor(Codegen):
         from torch._inductor.lowering import fallbacks, lowerings
 
         known = {*lowerings, *select_decomp_table()} - set(fallbacks)
-        return {n.name: _executor(n.target, known) for n in graph.graph.nodes if n.op == "call_function"}
+        found = {n.name: _executor(n.target, known) for n in graph.graph.nodes if n.op == "call_function"}
+        return found | products.executors(graph, self.products)
 
     def compile(self, graph: ModelGraph, examples: Sequence[Tensor], writes: Mapping[str, str]) -> Code:
         from torch._inductor.compile_fx import compile_fx
 
-        module = in_place(graph, writes)
+        module = in_place(products.lowered(graph, products.choices(graph, self.products)), writes)
         if self.freezing:
             with torch.no_grad():
                 frozen: Any = compile_fx(module, list(examples), config_patches={"freezing": True})
@@ -95,7 +99,7 @@ def _lift(module: fx.GraphModule) -> list[Tensor]:
             with module.graph.inserting_before(first):
                 inputs[name] = module.graph.placeholder(f"stored{len(inputs)}")
             inputs[name].meta.update(node.meta)
-            tensors[name] = value.detach()
+            tensors[name] = value.detach() if value.requires_grad else value
         node.replace_all_uses_with(inputs[name])
         module.graph.erase_node(node)
     module.recompile()
