@@ -1,7 +1,8 @@
 """Inductor over a graph whose weights are the code's first inputs: what it compiles can be kept in a file and used again.
 
-Products with packed weights read them as they are packed, in C++ of our own, wherever that is measured to be faster than a dense
-weight (`products`); numbers stay float32, and nothing is rounded that the graph does not round.
+In a compressed graph, products with packed weights read them as they are packed, and attention of one query reads its cache once, in
+C++ of our own, wherever that was measured to be faster (`products`, `attention`, `lwcompile.timings`). Numbers stay float32, and
+nothing is rounded that the graph does not round.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from lwcompile.backends.inductor import products
+from lwcompile.backends.inductor import attention, products
 from lwcompile.contract import Code, Codegen
 from lwcompile.graph import ModelGraph
 from lwcompile.ops import is_unpacking
 from lwcompile.rundir import write_atomic
+from lwcompile.timings import DeviceTable
 
 aten = torch.ops.aten
 
@@ -49,12 +51,15 @@ class Inductor(Codegen):
 
         known = {*lowerings, *select_decomp_table()} - set(fallbacks)
         found = {n.name: _executor(n.target, known) for n in graph.graph.nodes if n.op == "call_function"}
-        return found | products.executors(graph, self.products)
+        if graph.level() == "captured":
+            return found
+        own = {name: attention.words(took) for name, took in self._attentions(graph).items()}
+        return found | own | products.executors(graph, self.products)
 
     def compile(self, graph: ModelGraph, examples: Sequence[Tensor], writes: Mapping[str, str]) -> Code:
         from torch._inductor.compile_fx import compile_fx
 
-        module = in_place(products.lowered(graph, products.choices(graph, self.products)), writes)
+        module = in_place(self._lowered(graph), writes)
         if self.freezing:
             with torch.no_grad():
                 frozen: Any = compile_fx(module, list(examples), config_patches={"freezing": True})
@@ -62,10 +67,22 @@ class Inductor(Codegen):
         tensors, fakes = _lift(module), list(examples)
         mode = torch._guards.detect_fake_mode(fakes)
         fakes = [*(t if mode is None else mode.from_tensor(t, static_shapes=True) for t in tensors), *fakes]
+        settings = {} if graph.level() == "captured" else {"size_asserts": False}  # a check for each part of each packed weight
         with torch.no_grad(), torch._functorch.config.patch(bundled_autograd_cache=True), _tracing(mode):
-            compiled: Any = compile_fx(module, fakes)
+            compiled: Any = compile_fx(module, fakes, config_patches=settings)
         keeps = hasattr(compiled, "serialize")
         return Code(lambda values: compiled(*values), tuple(tensors), (lambda path: _save(compiled, path)) if keeps else None)
+
+    def _lowered(self, graph: ModelGraph) -> ModelGraph:
+        """With our kernels' calls in the graph, if it is compressed."""
+        if graph.level() == "captured":
+            return graph
+        made = products.lowered(graph, products.choices(graph, self.products))
+        attention.lower(made, self._attentions(graph))
+        return made
+
+    def _attentions(self, graph: ModelGraph) -> dict[str, dict[str, float]]:
+        return attention.chosen(graph, DeviceTable()) if self.products == "measured" else {}
 
     def load(self, path: Path) -> Callable[[Sequence[Tensor]], Sequence[Any]]:
         from torch._inductor.standalone_compile import AOTCompiledArtifact

@@ -14,6 +14,12 @@ from lwcompile.demo import cache_root
 
 
 @cache
+def code_of(source: Path) -> str:
+    """A hash of a source file, so that what was measured of another does not count."""
+    return xxhash.xxh3_64_hexdigest(source.read_bytes())
+
+
+@cache
 def load(source: Path) -> str | None:
     """Build a source file's library and load the operators that it registers; why it cannot be had, or None.
 

@@ -10,12 +10,10 @@ float32 sums do that are added in another order.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import xxhash
 from torch import Tensor
 
 from lwcompile.backends.inductor.native import load
@@ -51,12 +49,6 @@ def _embedding(ids: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None,
 def unavailable() -> str | None:
     """Why the operators cannot run here; None if they can, and then they are loaded."""
     return load(SOURCE)
-
-
-@cache
-def version() -> str:
-    """A hash of the kernels, so that what was measured of others does not count."""
-    return xxhash.xxh3_64_hexdigest(SOURCE.read_bytes())
 
 
 @dataclass(frozen=True, eq=False)

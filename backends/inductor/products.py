@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from lwcompile.backends.inductor import packed
+from lwcompile.backends.inductor.native import code_of
 from lwcompile.backends.inductor.packed import Panels
 from lwcompile.formats import NumericFormat, QuantizedTensor
 from lwcompile.graph import ModelGraph, OverlayStore
@@ -130,7 +131,7 @@ def _crossover(format: NumericFormat, shape: tuple[int, int], table: DeviceTable
 
 def _seconds(way: Way, format: NumericFormat, shape: tuple[int, int], rows: int, table: DeviceTable) -> float:
     """What the product of `rows` by a weight [N, K] of this format takes."""
-    code = "" if way is DENSE else f", code {packed.version()}"
+    code = "" if way is DENSE else f", code {code_of(packed.SOURCE)}"
     about = f"{format.bits} bits, groups of {format.group(shape[1])}, zero {format.zero_point}, {format.scale_dtype} scales"
     key = f"{way.name}, {shape[0]}x{shape[1]} by {rows}, {'float32' if way is DENSE else about}{code}"
     return table.get(key, lambda: _measure(way, format, shape, rows))
