@@ -1,10 +1,11 @@
-"""SmolLM2-135M-Instruct on the processor, one sequence: what we write, llama.cpp, onnxruntime's own quantizer, Inductor in bf16.
+"""SmolLM2-135M-Instruct on the processor, one sequence: what we write and compile, llama.cpp, onnxruntime's own quantizer, Inductor.
 
     python -m benchmarks.cpu_decode [--file model.onnx] [--llama llama/bin/python] [--threads 2] [--rounds 9]
 
 Prefill is one pass over 128 tokens, decode one token behind 128; of decoding, `STEPS` tokens a round are timed. Every way is timed
 once a round, in turn, so that whatever else the machine does meets all of them. Ours is what `lw.load(folder).generate` calls.
-Without `--file` it is written here: 4 bits, groups of 64, round to nearest, embedding and head included.
+Without `--file` it is written here: 4 bits, groups of 64, round to nearest, embedding and head included. What torch.compile
+makes decodes in a static cache of 256, behind 128 tokens and more: ours under the same plan, with float32 and with int8 activations.
 
 Columns: milliseconds (median and least over the rounds), processor milliseconds (least; all threads together, so with one thread
 what a quiet machine would take), tokens a second by the median, bytes of weights that a token reads, what part of the bandwidth of a
@@ -43,6 +44,7 @@ from lwcompile.decode import derive_decode
 from lwcompile.demo import demo_model
 from lwcompile.generate import DecodeStep
 from lwcompile.pipeline import folder_bytes
+from lwcompile.plans import Plan
 from lwcompile.program import Program
 from lwcompile.spec import Spec
 from lwcompile.structure import find_structure
@@ -129,11 +131,10 @@ def by_llama(python: str, threads: int) -> Way:
     return Way("llama.cpp, Q4_1", run, path.stat().st_size)
 
 
-def by_inductor() -> Way:
+def by_compile(name: str, model: Any, compiled: Any, nbytes: int) -> Way:
+    """`compiled` is what torch.compile made of `model`."""
     from transformers import StaticCache
 
-    model: Any = smollm2().model.bfloat16()
-    compiled = torch.compile(model)
     ids = torch.arange(5, 5 + TOKENS)[None]
     cache, left = StaticCache(config=model.config, max_cache_len=256), 0
 
@@ -141,21 +142,39 @@ def by_inductor() -> Way:
         nonlocal left
         if what == "prefill":
             return timed(lambda: compiled(input_ids=ids, use_cache=False))
-        if left == 0:  # filling it in eager mode takes seconds, and a static cache is read whole wherever it ends
+        if left == 0:  # filling it in eager mode takes seconds
             cache.reset()
             model(input_ids=ids, past_key_values=cache)
             left = (256 - TOKENS) // STEPS
         left -= 1
         return timed(lambda: compiled(input_ids=ids[:, :1], past_key_values=cache), STEPS)
 
-    return Way("Inductor, bf16", run, sum(p.numel() * p.element_size() for p in model.parameters()))
+    return Way(name, run, nbytes)
+
+
+def by_inductor() -> Way:
+    model: Any = smollm2().model.bfloat16()
+    nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    return by_compile("Inductor, bf16", model, torch.compile(model), nbytes)
+
+
+def by_layerwise(activations: str) -> Way:
+    """torch.compile(backend="layerwise") under the plan that `packed` applies."""
+    dense, model = program("smollm2"), smollm2().model
+    plan = Plan({site: (Spec.parse(FORMAT),) for site in packed_sites(dense)})
+    options = {"plan": plan, "codegen": f"inductor{{activations={activations}}}"}
+    compiled = torch.compile(model, backend="layerwise", options=options)
+    return by_compile(f"ours under torch.compile, 4 bits, {activations}", model, compiled, packed(dense).main.nbytes())
+
+
+def packed_sites(dense: Program) -> list[str]:
+    return [s.id for s in find_structure(dense).sites.values() if s.kind in ("linear", "embedding")]
 
 
 def packed(dense: Program) -> Program:
     """Every linear and embedding in one format, with a decode graph."""
     structure, option = find_structure(dense), Spec.parse(FORMAT)
-    sites = [s for s in structure.sites.values() if s.kind in ("linear", "embedding")]
-    made = apply_plan(dense, {s.id: (option,) for s in sites}, structure, Context(structure=structure, program=dense))
+    made = apply_plan(dense, {id: (option,) for id in packed_sites(dense)}, structure, Context(structure=structure, program=dense))
     return continued(made)
 
 
@@ -200,7 +219,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", type=Path, default=Path("lwcompile-runs/cpu-decode"))
-    parser.add_argument("--no-inductor", action="store_true", help="leave out what compiles for minutes")
+    parser.add_argument("--no-inductor", action="store_true", help="leave out what torch.compile compiles for minutes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     paths = files(options.folder)
@@ -210,7 +229,7 @@ def main() -> None:
     if (python := llama_python(options.llama)) is not None:
         ways.append(by_llama(python, options.threads))
     if not options.no_inductor:
-        ways.append(by_inductor())
+        ways += [by_layerwise("float32"), by_layerwise("int8"), by_inductor()]
     with torch.no_grad():
         run(ways, options.rounds)
     report(ways, bandwidth())

@@ -73,14 +73,13 @@ def _processor() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def least_seconds(call: Callable[[], object], budget: float = 0.02, most: int = 50) -> float:
+def least_seconds(call: Callable[[], object], budget: float = 0.02) -> float:
     """The least time of one call, after one to warm up, over at least two calls and for about `budget` seconds."""
     call()
-    least, ends = float("inf"), time.perf_counter() + budget
-    for i in range(most):
+    times: list[float] = []
+    ends = time.perf_counter() + budget
+    while len(times) < 2 or time.perf_counter() < ends:
         started = time.perf_counter()
         call()
-        least = min(least, time.perf_counter() - started)
-        if i > 0 and time.perf_counter() > ends:
-            break
-    return least
+        times.append(time.perf_counter() - started)
+    return min(times)

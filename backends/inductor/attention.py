@@ -109,7 +109,13 @@ def _seconds(given: dict[str, Any], table: DeviceTable) -> dict[str, float]:
     about = f"{'x'.join(map(str, query))} over {'x'.join(map(str, key))}, mask {None if mask is None else mask.dtype}"
     random = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(shape, generator=random) for shape in (query, key, key))
-    bias = None if mask is None else torch.zeros(mask.shape) if mask.dtype is torch.float32 else torch.ones(mask.shape, dtype=torch.bool)
+    bias = (
+        None
+        if mask is None
+        else torch.zeros(mask.shape)
+        if mask.dtype is torch.float32
+        else torch.ones(mask.shape, dtype=torch.bool)
+    )
 
     def theirs() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=query[1] != key[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -31,12 +30,13 @@ def load(source: Path) -> str | None:
     folder = cache_root() / "native"
     try:
         options = CppTorchOptions(vec_isa=pick_vec_isa(), warning_all=False, extra_flags=("-ffp-contract=fast",))
-        command = CppBuilder("library", str(source), options, str(folder)).get_command_line()
-        target = folder / f"{source.stem}-{xxhash.xxh3_64_hexdigest(f'{command} {torch.__version__}'.encode() + source.read_bytes())}.so"
+        command = CppBuilder("library", source.name, options, str(folder)).get_command_line()
+        key = xxhash.xxh3_64_hexdigest(f"{code_of(source)} {torch.__version__} {command}".encode())
+        target = folder / f"{source.stem}-{key}.so"
         if not target.is_file():
             _build(source, options, target)
         torch.ops.load_library(target)
-    except Exception as error:  # no compiler, one that refuses the source, a folder that cannot be written, a library that does not load
+    except Exception as error:  # no compiler, or one that refuses the source; a folder or a library that cannot be used
         return f"{source.name} cannot be built ({type(error).__name__}: {_first_line(error)})"
     return None
 
@@ -48,7 +48,7 @@ def _build(source: Path, options: object, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         builder = CppBuilder(source.stem, str(source), options, folder)  # type: ignore[arg-type]
         builder.build()
-        os.replace(builder.get_target_file_path(), target)
+        Path(builder.get_target_file_path()).replace(target)
 
 
 def _first_line(error: BaseException) -> str:
