@@ -174,7 +174,9 @@ def packed_sites(dense: Program) -> list[str]:
 def packed(dense: Program) -> Program:
     """Every linear and embedding in one format, with a decode graph."""
     structure, option = find_structure(dense), Spec.parse(FORMAT)
-    made = apply_plan(dense, {id: (option,) for id in packed_sites(dense)}, structure, Context(structure=structure, program=dense))
+    made = apply_plan(
+        dense, {id: (option,) for id in packed_sites(dense)}, structure, Context(structure=structure, program=dense)
+    )
     return continued(made)
 
 

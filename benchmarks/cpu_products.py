@@ -2,9 +2,9 @@
 
     python -m benchmarks.cpu_products [--threads 1] [--shapes 576x576 49152x576] [--rows 1 4 16 128]
 
-Groups of 64 with zero points, where a way has them; weights in rotation, 64 MB of them, so that the cache does not answer. Each cell is
-microseconds of processor time a call, the least of the rounds; the ways are timed in turn. `error` is relative to the largest output, against
-float64, in the last column of each way's own line below the table.
+Groups of 64 with zero points, where a way has them; weights in rotation, 64 MB of them, so that the cache does not answer. A cell is
+microseconds of processor time a call, the least of the rounds, in which the ways are timed in turn; and the error relative to the
+largest output, against float64.
 
 ours            float32 (in place, or by parts), and with int8 activations
 linear          torch's own in float32 and in bf16, from dense weights
@@ -82,8 +82,7 @@ def dyn_quant(weight: QuantizedTensor) -> Run:
 
 
 def multiply_sum(weight: QuantizedTensor) -> Run:
-    rows, columns = weight.shape
-    low, high = weight.codes.view(rows, -1, 2, GROUP // 2).unbind(2)
+    low, high = weight.codes.view(len(weight.codes), -1, 2, GROUP // 2).unbind(2)
     codes, scale = low | (high << 4), weight.scale.float()
     assert weight.zero is not None
     zero = weight.zero.float()
@@ -109,7 +108,15 @@ def onnxruntime(level: int, rows: int) -> Make:
         zero = F.pad(weight.zero, (0, weight.zero.shape[1] % 2))
         stored = {"b": codes, "s": weight.scale.float(), "z": (zero[:, 1::2] << 4) | zero[:, ::2]}
         node = helper.make_node(
-            "MatMulNBits", ["x", "b", "s", "z"], ["y"], domain="com.microsoft", K=k, N=n, bits=4, block_size=GROUP, accuracy_level=level
+            "MatMulNBits",
+            ["x", "b", "s", "z"],
+            ["y"],
+            domain="com.microsoft",
+            K=k,
+            N=n,
+            bits=4,
+            block_size=GROUP,
+            accuracy_level=level,
         )
         ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, size]) for name, size in (("x", k), ("y", n))]
         initial = [numpy_helper.from_array(value.contiguous().numpy(), name) for name, value in stored.items()]
