@@ -17,11 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from lwcompile.apply import apply_plan
+from lwcompile.backends.dynamo import backend
 from lwcompile.backends.inductor import attention, native, packed, products, ways
+from lwcompile.backends.inductor.checked import Checked
 from lwcompile.backends.inductor.codegen import Inductor, in_place
 from lwcompile.backends.inductor.packed import Panels
 from lwcompile.backends.inductor.ways import BY_PARTS, DENSE, IN_PLACE, INT8
 from lwcompile.context import Context
+from lwcompile.errors import VerificationError
 from lwcompile.formats import NumericFormat, QuantizedTensor
 from lwcompile.graph import Input, ModelGraph
 from lwcompile.manager import relative_error
@@ -263,7 +266,7 @@ def test_inductor_calls_the_operator_for_fixed_and_for_free_rows(dynamic):
     wanted = {rows: run_graph(graph, random(rows, 64)) for rows in (2, 5)}
     seen: list[Any] = []
 
-    def backend(module: Any, arguments: Any) -> Any:
+    def compiler(module: Any, arguments: Any) -> Any:
         example = next(n for n in module.graph.find_nodes(op="placeholder") if isinstance(n.meta["example_value"], Tensor)).meta[
             "example_value"
         ]
@@ -271,7 +274,7 @@ def test_inductor_calls_the_operator_for_fixed_and_for_free_rows(dynamic):
         return lambda *values: seen[-1].bound()([v for v in values if isinstance(v, Tensor)])
 
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: x * 2, backend=backend, dynamic=dynamic)
+    compiled = torch.compile(lambda x: x * 2, backend=compiler, dynamic=dynamic)
     for rows in (2, 5) if dynamic else (2,):
         made = compiled(random(rows, 64))
         assert relative_error(wanted[rows], made) < 1e-5
@@ -334,6 +337,36 @@ def test_who_runs_each_product_is_said(quantized):
     assert not any("made dense" in word for word in words)
     dense = Inductor(products="dense").executors(fixed(quantized)).values()
     assert "the linear algebra library, 3 bits, 32x64, made dense when compiled" in dense
+
+
+def test_what_int8_does_to_a_graph_is_checked_at_its_first_call():
+    graph, x = one_product(32, 64), random(2, 64)
+    wanted = run_graph(graph, x)
+    checked = Checked(lambda x: [wanted * 1.05], graph, 0)
+    assert checked([x])[0] is not wanted and checked.unchecked is None
+    with pytest.raises(VerificationError, match=r"with activations in int8, y is 2.0e-01 of the largest value away"):
+        Checked(lambda x: [wanted * 1.2], graph, 0)([x])
+
+
+def test_auto_takes_the_fastest_that_measures(monkeypatch):
+    """Under a plan by seconds, else by rank; one that measures nothing is taken where none does."""
+
+    def codegen(name: str, rank: int, seconds: float | None) -> Any:
+        return SimpleNamespace(
+            name=name, automatic=rank, seconds=lambda graph: seconds, unavailable=lambda: None, unsupported=lambda graph: []
+        )
+
+    def taken(graph: ModelGraph, *made: Any) -> str:
+        by_name = {c.name: c for c in made}
+        monkeypatch.setattr(backend, "plugins", lambda group: [SimpleNamespace(name=name) for name in by_name])
+        monkeypatch.setattr(backend, "make", lambda group, name: by_name[name])
+        return backend._codegen("auto", graph).name
+
+    packed_graph, plain = one_product(32, 64), llama_program(layers=2).main
+    slow, fast, silent = codegen("slow", 10, 2.0), codegen("fast", 1, 1.0), codegen("silent", 20, None)
+    assert taken(packed_graph, slow, fast, silent) == "fast"
+    assert taken(packed_graph, silent, codegen("other", 1, None)) == "silent"
+    assert taken(plain, slow, fast) == "slow"
 
 
 def test_without_a_compiler_products_are_dense_and_it_is_said(quantized, monkeypatch, caplog):

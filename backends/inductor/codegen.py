@@ -2,7 +2,7 @@
 
 In a compressed graph, products with packed weights read them as they are packed, and attention of one query reads its cache once, in
 C++ of our own, wherever that was measured to be faster (`ways`, `attention`, `lwcompile.timings`). Numbers stay float32, and
-nothing is rounded that the graph does not round.
+nothing is rounded that the graph does not round, unless `activations` says so; then the first call is compared with the graph.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from lwcompile.backends.inductor import attention, products
+from lwcompile.backends.inductor.checked import Checked
 from lwcompile.backends.inductor.lower import lowered
 from lwcompile.backends.inductor.ways import Choice
 from lwcompile.contract import Code, Codegen
@@ -36,8 +37,8 @@ class Inductor(Codegen):
         freezing: weights become constants, packed for the processor's products: some products gain, compiling takes longer, and
             the code cannot be kept for another process.
         products: of packed weights: `measured` takes the fastest way for each shape, `packed` never a dense weight, `dense` always.
-        activations: `int8` lets products of 2- and 4-bit weights round their input to int8, group by group, where that is faster; it moves
-            a product's outputs by about 0.7 % of the largest. float32 rounds nothing.
+        activations: `int8` lets products of 2- and 4-bit weights round their input to int8, group by group, where that is faster; it
+            moves a product's outputs by about 0.7 % of the largest. `float32` rounds nothing.
     """
 
     name: ClassVar[str] = "inductor"
@@ -76,8 +77,16 @@ class Inductor(Codegen):
         settings = {} if graph.level() == "captured" else {"size_asserts": False}  # a check for each part of each packed weight
         with torch.no_grad(), torch._functorch.config.patch(bundled_autograd_cache=True), _tracing(mode):
             compiled: Any = compile_fx(module, fakes, config_patches=settings)
+        if self.activations == "int8" and graph.level() == "quantized":
+            return Code(Checked(compiled, graph, len(tensors)), tuple(tensors))
         keeps = hasattr(compiled, "serialize")
         return Code(lambda values: compiled(*values), tuple(tensors), (lambda path: _save(compiled, path)) if keeps else None)
+
+    def seconds(self, graph: ModelGraph) -> float | None:
+        if graph.level() == "captured":
+            return None
+        chosen = self._products(graph, DeviceTable())
+        return sum(choice.seconds.get(choice.way.name, 0.0) for _, choice in chosen)
 
     def _lowered(self, graph: ModelGraph) -> ModelGraph:
         """With our kernels' calls in the graph, if it is compressed."""

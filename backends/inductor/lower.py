@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from lwcompile.backends.inductor.packed import Panels
-from lwcompile.backends.inductor.products import Product
+from lwcompile.backends.inductor.products import Product, bias_of
 from lwcompile.backends.inductor.ways import DENSE, Choice, Way
 from lwcompile.graph import ModelGraph, OverlayStore
 from lwcompile.packed import PackedWeight
@@ -47,8 +47,16 @@ def _lower(graph: ModelGraph, product: Product, calls: Sequence[fx.Node], way: W
             args = (calls[0].args[1], *stored, panels.bits, panels.group_size, *panels.shape)
             outs = [graph.graph.call_function(torch.ops.lwcompile.packed_embedding.default, args)]
         else:
-            bias = calls[0].args[2] if len(calls[0].args) > 2 else None
-            args = (calls[0].args[0], *stored, bias, panels.bits, panels.group_size, panels.shape[0], way.few, way.int8)
+            args = (
+                calls[0].args[0],
+                *stored,
+                bias_of(calls[0]),
+                panels.bits,
+                panels.group_size,
+                panels.shape[0],
+                way.few,
+                way.int8,
+            )
             whole = graph.graph.call_function(torch.ops.lwcompile.packed_linear.default, args)
             outs = [whole] if len(calls) == 1 else _slices(graph, whole, product)
     for call, out in zip(calls, outs):

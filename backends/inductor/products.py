@@ -77,9 +77,14 @@ def _is_float32(x: object) -> bool:
     return isinstance(x, fx.Node) and x.meta["val"].dtype is torch.float32
 
 
+def bias_of(call: fx.Node) -> object:
+    """A linear's bias."""
+    return call.args[2] if len(call.args) > 2 else None
+
+
 def _company(call: fx.Node, weight: PackedWeight) -> tuple[object, ...]:
     """What linears have in common that are computed together; a call of its own if it has a bias or part of a panel."""
-    alone = (len(call.args) > 2 and call.args[2] is not None) or weight.shape[0] % packed.PANEL
+    alone = bias_of(call) is not None or weight.shape[0] % packed.PANEL
     return (call,) if alone else (call.args[0], weight.format, weight.shape[1])
 
 
