@@ -10,7 +10,7 @@ ours            float32 (in place, or by parts), and with int8 activations
 linear          torch's own in float32 and in bf16, from dense weights
 int4pack        `_weight_int4pack_mm_for_cpu`, bf16 activations, groups of 64
 int8pack        `_weight_int8pack_mm`, bf16 activations, 8 bits, one scale a row
-dyn_quant       `_dyn_quant_matmul_4bit`, int8 activations, groups of 64 (32 where that is refused)
+dyn_quant       `_dyn_quant_matmul_4bit`, int8 activations, groups of 64; it takes no zero points, and its error says so
 multiply-sum    `(x * (codes - zero) * scale).sum(-1)` by Inductor, one row only
 onnxruntime     MatMulNBits in a session of one product, inputs and outputs bound, float32 and int8 activations
 """

@@ -83,10 +83,9 @@ class Inductor(Codegen):
         return Code(lambda values: compiled(*values), tuple(tensors), (lambda path: _save(compiled, path)) if keeps else None)
 
     def seconds(self, graph: ModelGraph) -> float | None:
-        if graph.level() == "captured":
+        if graph.level() == "captured" or self.products != "measured":
             return None
-        chosen = self._products(graph, DeviceTable())
-        return sum(choice.seconds.get(choice.way.name, 0.0) for _, choice in chosen)
+        return sum(choice.seconds.get(choice.way.name, 0.0) for _, choice in self._products(graph, DeviceTable()))
 
     def _lowered(self, graph: ModelGraph) -> ModelGraph:
         """With our kernels' calls in the graph, if it is compressed."""

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from lwcompile.backends.inductor.native import code_of
-from lwcompile.backends.inductor.packed import INT8_BITS, SOURCE, Panels, bytes_multiply
+from lwcompile.backends.inductor.packed import INT8_BITS, PANEL, SOURCE, Panels, bytes_multiply
 from lwcompile.formats import NumericFormat, QuantizedTensor
 from lwcompile.manager import relative_error
 from lwcompile.timings import DeviceTable, least_seconds
@@ -35,8 +35,8 @@ steps a group."""
 BUCKETS = (1, 2, 4, 8, 16, 32, 128)
 """Numbers of rows that are measured; in between, the next larger one speaks, and above all the last."""
 
-MEASURED_ROWS = 4096
-"""Rows of a weight that are measured at most; time is in proportion beyond."""
+MEASURED = 1 << 22
+"""Numbers of a weight that are measured at most, by leaving rows out; time is in proportion to them."""
 
 SPREAD = 48 << 20
 """Bytes of weights in rotation while measuring, so that the processor's cache does not answer."""
@@ -66,7 +66,7 @@ class Choice:
 
 def choose(format: NumericFormat, shape: tuple[int, int], rows: int | None, int8: bool, table: DeviceTable) -> Choice:
     """The fastest way for `rows` of x, or for any number of them, by a weight [N, K] of this format."""
-    measured = (min(shape[0], MEASURED_ROWS), shape[1])
+    measured = (min(shape[0], max(PANEL, MEASURED // shape[1] // PANEL * PANEL)), shape[1])
     ways = [DENSE, IN_PLACE, BY_PARTS, *([INT8] if int8 and format.bits in INT8_BITS and bytes_multiply() else [])]
     if rows is None:
         return Choice(_for_any(ways[1:], format, measured, table))
