@@ -77,9 +77,9 @@ def _is_float32(x: object) -> bool:
     return isinstance(x, fx.Node) and x.meta["val"].dtype is torch.float32
 
 
-def bias_of(call: fx.Node) -> object:
+def bias_of(call: fx.Node) -> fx.Node | None:
     """A linear's bias."""
-    return call.args[2] if len(call.args) > 2 else None
+    return call.args[2] if len(call.args) > 2 else None  # type: ignore[return-value]
 
 
 def _company(call: fx.Node, weight: PackedWeight) -> tuple[object, ...]:
