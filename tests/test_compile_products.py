@@ -21,8 +21,9 @@ from lwcompile.backends.dynamo import backend
 from lwcompile.backends.inductor import attention, native, packed, products, ways
 from lwcompile.backends.inductor.checked import Checked
 from lwcompile.backends.inductor.codegen import Inductor, in_place
+from lwcompile.backends.inductor.lower import lowered
 from lwcompile.backends.inductor.packed import Panels
-from lwcompile.backends.inductor.ways import BY_PARTS, DENSE, IN_PLACE, INT8
+from lwcompile.backends.inductor.ways import BY_PARTS, DENSE, IN_PLACE, INT8, Choice
 from lwcompile.context import Context
 from lwcompile.errors import VerificationError
 from lwcompile.formats import NumericFormat, QuantizedTensor
@@ -249,14 +250,22 @@ def fixed(graph: ModelGraph) -> ModelGraph:
 
 
 def test_a_compiled_graph_reads_packed_weights(quantized):
-    lowered = Inductor(products="packed")._lowered(fixed(quantized))
+    small = Inductor(products="packed")._lowered(fixed(quantized))
     with torch.no_grad():
-        made = in_place(lowered, {})(ids(2, 9))[0]
+        made = in_place(small, {})(ids(2, 9))[0]
     assert relative_error(run_graph(quantized, ids(2, 9)), made) < 1e-5
-    stored = [lowered.tensor(name) for name in lowered.tensors]
+    stored = [small.tensor(name) for name in small.tensors]
     assert max(t.nbytes for t in stored if t.dtype == torch.float32) <= 32 * 4, "norms alone are dense"
     dense = sum(p.shape[0] * p.shape[1] * 4 for p in products.products(quantized) if not p.looks_up)
     assert sum(t.nbytes for t in stored) < dense / 4, "4 bits, the grids, and rows of 16 in panels of 32"
+
+
+def test_dense_and_packed_products_stand_side_by_side(quantized):
+    graph = fixed(quantized)
+    chosen = [(p, Choice(DENSE if n % 2 else BY_PARTS)) for n, p in enumerate(products.products(graph))]
+    with torch.no_grad():
+        made = in_place(lowered(graph, chosen), {})(ids(2, 9))[0]
+    assert relative_error(run_graph(quantized, ids(2, 9)), made) < 1e-5
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -372,8 +381,8 @@ def test_auto_takes_the_fastest_that_measures(monkeypatch):
 def test_without_a_compiler_products_are_dense_and_it_is_said(quantized, monkeypatch, caplog):
     monkeypatch.setattr(packed, "unavailable", lambda: "packed.cpp cannot be built (no compiler)")
     with caplog.at_level(logging.WARNING, "lwcompile"):
-        lowered = Inductor()._lowered(fixed(quantized))
-    assert not any("packed" in str(n.target) for n in lowered.graph.nodes)
+        made = Inductor()._lowered(fixed(quantized))
+    assert not any("packed" in str(n.target) for n in made.graph.nodes)
     assert "products run with dense weights: packed.cpp cannot be built (no compiler)" in caplog.text
 
 
