@@ -194,6 +194,7 @@ def table(**seconds: float) -> Any:
 def test_the_fastest_way_is_taken():
     for name, way in (("dense", DENSE), ("in_place", IN_PLACE), ("by_parts", BY_PARTS)):
         assert ways.choose(FORMAT, (64, 64), 1, False, table(**{name: 0.5})).way == way
+    assert ways.choose(FORMAT, (64, 64), 1, False, table(dense=0.95)).way != DENSE, "not worth its memory"
 
 
 @pytest.mark.skipif(not packed.bytes_multiply(), reason="int8 products need AVX2")

@@ -38,6 +38,9 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 128)
 MEASURED = 1 << 22
 """Numbers of a weight that are measured at most, by leaving rows out; time is in proportion to them."""
 
+WORTH_DENSE = 0.9
+"""What a dense weight must bring the time down to, since it takes several times the memory."""
+
 SPREAD = 48 << 20
 """Bytes of weights in rotation while measuring, so that the processor's cache does not answer."""
 
@@ -65,7 +68,7 @@ class Choice:
 
 
 def choose(format: NumericFormat, shape: tuple[int, int], rows: int | None, int8: bool, table: DeviceTable) -> Choice:
-    """The fastest way for `rows` of x, or for any number of them, by a weight [N, K] of this format."""
+    """The fastest way for `rows` of x, or for any number of them, by a weight [N, K] of this format; dense if that is worth it."""
     measured = (min(shape[0], max(PANEL, MEASURED // shape[1] // PANEL * PANEL)), shape[1])
     ways = [DENSE, IN_PLACE, BY_PARTS, *([INT8] if int8 and format.bits in INT8_BITS and bytes_multiply() else [])]
     if rows is None:
@@ -73,7 +76,8 @@ def choose(format: NumericFormat, shape: tuple[int, int], rows: int | None, int8
     bucket = next((b for b in BUCKETS if b >= rows), BUCKETS[-1])
     scale = shape[0] / measured[0] * rows / bucket
     seconds = {way.name: scale * _seconds(way, format, measured, bucket, table) for way in ways}
-    return Choice(min(ways, key=lambda way: seconds[way.name]), seconds)
+    best = min(ways[1:], key=lambda way: seconds[way.name])
+    return Choice(DENSE if seconds[DENSE.name] < WORTH_DENSE * seconds[best.name] else best, seconds)
 
 
 def _for_any(ways: list[Way], format: NumericFormat, shape: tuple[int, int], table: DeviceTable) -> Way:
