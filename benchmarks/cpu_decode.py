@@ -1,10 +1,12 @@
-"""SmolLM2-135M-Instruct on the processor, one sequence: what we write, llama.cpp, onnxruntime's own quantizer, Inductor in bf16.
+"""SmolLM2-135M-Instruct on the processor, one sequence: what we write and compile, llama.cpp, onnxruntime's own quantizer, Inductor.
 
     python -m benchmarks.cpu_decode [--file model.onnx] [--llama llama/bin/python] [--threads 2] [--rounds 9]
 
 Prefill is one pass over 128 tokens, decode one token behind 128; of decoding, `STEPS` tokens a round are timed. Every way is timed
-once a round, in turn, so that whatever else the machine does meets all of them. Ours is what `lw.load(folder).generate` calls.
-Without `--file` it is written here: 4 bits, groups of 64, round to nearest, embedding and head included.
+once a round, in turn, so that whatever else the machine does meets all of them, and steps after some that are not timed, since the
+other ways have had the memory meanwhile. Ours is what `lw.load(folder).generate` calls.
+Without `--file` it is written here: 4 bits, groups of 64, round to nearest, embedding and head included. What torch.compile
+makes decodes in a static cache of 256, behind 128 tokens and more: ours under the same plan, in float32.
 
 Columns: milliseconds (median and least over the rounds), processor milliseconds (least; all threads together, so with one thread
 what a quiet machine would take), tokens a second by the median, bytes of weights that a token reads, what part of the bandwidth of a
@@ -43,6 +45,7 @@ from lwcompile.decode import derive_decode
 from lwcompile.demo import demo_model
 from lwcompile.generate import DecodeStep
 from lwcompile.pipeline import folder_bytes
+from lwcompile.plans import Plan
 from lwcompile.program import Program
 from lwcompile.spec import Spec
 from lwcompile.structure import find_structure
@@ -68,6 +71,8 @@ for line in sys.stdin:
         model.reset()
         took = timed(lambda: model.eval(ids))
     else:
+        model.n_tokens = tokens
+        model.eval(ids[:1])
         model.n_tokens = tokens
         took = timed(lambda: [model.eval(ids[:1]) for _ in range(steps)])
     print(json.dumps(took), flush=True)
@@ -106,6 +111,7 @@ def by_step(name: str, step: DecodeStep, nbytes: int) -> Way:
     def run(what: str) -> Timing:
         if what == "prefill":
             return timed(prefill)
+        decode()
         wall, processor = timed(decode)
         return wall / STEPS, processor / STEPS
 
@@ -129,11 +135,10 @@ def by_llama(python: str, threads: int) -> Way:
     return Way("llama.cpp, Q4_1", run, path.stat().st_size)
 
 
-def by_inductor() -> Way:
+def by_compile(name: str, model: Any, compiled: Any, nbytes: int) -> Way:
+    """`compiled` is what torch.compile made of `model`."""
     from transformers import StaticCache
 
-    model: Any = smollm2().model.bfloat16()
-    compiled = torch.compile(model)
     ids = torch.arange(5, 5 + TOKENS)[None]
     cache, left = StaticCache(config=model.config, max_cache_len=256), 0
 
@@ -141,21 +146,41 @@ def by_inductor() -> Way:
         nonlocal left
         if what == "prefill":
             return timed(lambda: compiled(input_ids=ids, use_cache=False))
-        if left == 0:  # filling it in eager mode takes seconds, and a static cache is read whole wherever it ends
+        if left == 0:  # filling it in eager mode takes seconds
             cache.reset()
             model(input_ids=ids, past_key_values=cache)
-            left = (256 - TOKENS) // STEPS
+            left = (256 - TOKENS) // (1 + STEPS)
         left -= 1
+        compiled(input_ids=ids[:, :1], past_key_values=cache)
         return timed(lambda: compiled(input_ids=ids[:, :1], past_key_values=cache), STEPS)
 
-    return Way("Inductor, bf16", run, sum(p.numel() * p.element_size() for p in model.parameters()))
+    return Way(name, run, nbytes)
+
+
+def by_inductor() -> Way:
+    model: Any = smollm2().model.bfloat16()
+    nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    return by_compile("Inductor, bf16", model, torch.compile(model), nbytes)
+
+
+def by_layerwise() -> Way:
+    """torch.compile(backend="layerwise") under the plan that `packed` applies."""
+    dense, model = program("smollm2"), smollm2().model
+    plan = Plan({site: (Spec.parse(FORMAT),) for site in packed_sites(dense)})
+    compiled = torch.compile(model, backend="layerwise", options={"plan": plan})
+    return by_compile("ours under torch.compile, 4 bits", model, compiled, packed(dense).main.nbytes())
+
+
+def packed_sites(dense: Program) -> list[str]:
+    return [s.id for s in find_structure(dense).sites.values() if s.kind in ("linear", "embedding")]
 
 
 def packed(dense: Program) -> Program:
     """Every linear and embedding in one format, with a decode graph."""
     structure, option = find_structure(dense), Spec.parse(FORMAT)
-    sites = [s for s in structure.sites.values() if s.kind in ("linear", "embedding")]
-    made = apply_plan(dense, {s.id: (option,) for s in sites}, structure, Context(structure=structure, program=dense))
+    made = apply_plan(
+        dense, {id: (option,) for id in packed_sites(dense)}, structure, Context(structure=structure, program=dense)
+    )
     return continued(made)
 
 
@@ -200,7 +225,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", type=Path, default=Path("lwcompile-runs/cpu-decode"))
-    parser.add_argument("--no-inductor", action="store_true", help="leave out what compiles for minutes")
+    parser.add_argument("--no-inductor", action="store_true", help="leave out what torch.compile compiles for minutes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     paths = files(options.folder)
@@ -210,7 +235,7 @@ def main() -> None:
     if (python := llama_python(options.llama)) is not None:
         ways.append(by_llama(python, options.threads))
     if not options.no_inductor:
-        ways.append(by_inductor())
+        ways += [by_layerwise(), by_inductor()]
     with torch.no_grad():
         run(ways, options.rounds)
     report(ways, bandwidth())

@@ -397,7 +397,8 @@ class Codegen(Pass):
     """Makes a graph into something to call in this process: what a compiler front end ends with.
 
     Class attributes:
-        automatic: where several can take a graph and none was named, the one with the largest number does; 0: only by name.
+        automatic: where several can take a graph and none was named, the one of the fewest `seconds` does, or where none measures,
+            the one with the largest number; 0: only by name.
     """
 
     automatic: ClassVar[int] = 0
@@ -413,6 +414,10 @@ class Codegen(Pass):
     def executors(self, graph: ModelGraph) -> dict[str, str]:
         """Node -> who runs it, in words, for every call of the graph."""
         return {node.name: self.name for node in graph.graph.nodes if node.op == "call_function"}
+
+    def seconds(self, graph: ModelGraph) -> float | None:
+        """What one call's products with packed weights take here, as measured (`lwcompile.timings`); None if it measures nothing."""
+        return None
 
     def compile(self, graph: ModelGraph, examples: Sequence[Tensor], writes: Mapping[str, str]) -> Code:
         """The graph's code.

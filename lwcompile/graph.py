@@ -249,7 +249,7 @@ class OverlayStore(ParameterStore):
 
     def __init__(self, below: ParameterStore) -> None:
         super().__init__()
-        self._below, self._held = below, 0
+        self._below, self._held = below, below._held if isinstance(below, OverlayStore) else 0
 
     def hold(self, tensor: Tensor) -> str:
         self._held += 1

@@ -8,7 +8,7 @@ Options:
     plan      a folder that `lwcompile compress` wrote (its packed weights are used), a result of `lw.compress`, or a plan or its
               file, whose solvers must do without samples
     recipe    a recipe (name, file, or `Recipe`): its exact passes are run
-    codegen   what makes the code, by name or with options ("inductor{freezing=true}"); "auto" takes the best that can
+    codegen   what makes the code, by name or with options ("inductor{freezing=true}"); "auto" takes the fastest that can
 
 Code made without options is kept in Inductor's cache (`kept`): compiling again, in this process or another, costs little more than
 dynamo's trace. At level INFO the logger `lwcompile` says who runs each operator.
@@ -210,7 +210,7 @@ def _say_who_runs(graph: ModelGraph, codegen: Codegen) -> None:
 
 
 def _codegen(name: str, graph: ModelGraph) -> Codegen:
-    """The codegen of this name, or with "auto" the best that takes the graph."""
+    """The codegen of this name, or with "auto" the fastest that takes the graph, as far as they measure it; else of the highest rank."""
     if name != "auto":
         chosen: Codegen = make("codegens", name)
         reasons = [chosen.unavailable()] if chosen.unavailable() else chosen.unsupported(graph)
@@ -218,10 +218,14 @@ def _codegen(name: str, graph: ModelGraph) -> Codegen:
             raise BadInput(f"the codegen {name} cannot be used: {'; '.join(map(str, reasons))}")
         return chosen
     found = [made for p in plugins("codegens") if (made := make("codegens", p.name)).automatic]
-    for candidate in sorted(found, key=lambda c: -c.automatic):
-        if candidate.unavailable() is None and not candidate.unsupported(graph):
-            return candidate
-    raise Refused("no codegen takes this graph")
+    able = [c for c in found if c.unavailable() is None and not c.unsupported(graph)]
+    if not able:
+        raise Refused("no codegen takes this graph")
+    by_rank = sorted(able, key=lambda c: -c.automatic)
+    if graph.level() == "captured" or len(able) == 1:
+        return by_rank[0]
+    measured = [(seconds, c) for c in by_rank if (seconds := c.seconds(graph)) is not None]
+    return min(measured, key=lambda pair: pair[0])[1] if measured else by_rank[0]
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,7 +1,8 @@
 """Inductor over a graph whose weights are the code's first inputs: what it compiles can be kept in a file and used again.
 
-Packed codes are turned into dense weights when the graph is compiled, so that a quantized graph runs at the dense one's speed,
-and takes its memory.
+In a compressed graph, products with packed weights read them as they are packed, and attention of one query reads its cache once, in
+C++ of our own, wherever that was measured to be faster (`ways`, `attention`, `lwcompile.timings`). Numbers stay float32, and
+nothing is rounded that the graph does not round, unless `activations` says so; then the first call is compared with the graph.
 """
 
 from __future__ import annotations
@@ -10,15 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
+from lwcompile.backends.inductor import attention, products
+from lwcompile.backends.inductor.checked import Checked
+from lwcompile.backends.inductor.lower import lowered
+from lwcompile.backends.inductor.ways import Choice
 from lwcompile.contract import Code, Codegen
 from lwcompile.graph import ModelGraph
 from lwcompile.ops import is_unpacking
 from lwcompile.rundir import write_atomic
+from lwcompile.timings import DeviceTable
 
 aten = torch.ops.aten
 
@@ -30,12 +36,18 @@ class Inductor(Codegen):
     Options:
         freezing: weights become constants, packed for the processor's products: some products gain, compiling takes longer, and
             the code cannot be kept for another process.
+        products: of packed weights: `measured` takes the fastest way for each shape, `packed` never a dense weight, `dense` always.
+        activations: `int8` lets products of 2- and 4-bit weights round their input to int8, group by group, where that is faster; it
+            moves a product's outputs by about 0.7 % of the largest, and more where few activations are far larger than the rest, so
+            that the first call is compared with the graph and may refuse. `float32` rounds nothing.
     """
 
     name: ClassVar[str] = "inductor"
     automatic: ClassVar[int] = 10
 
     freezing: bool = False
+    products: products.Wanted = "measured"
+    activations: Literal["float32", "int8"] = "float32"
 
     def unavailable(self) -> str | None:
         return missing_compiler()
@@ -45,12 +57,17 @@ class Inductor(Codegen):
         from torch._inductor.lowering import fallbacks, lowerings
 
         known = {*lowerings, *select_decomp_table()} - set(fallbacks)
-        return {n.name: _executor(n.target, known) for n in graph.graph.nodes if n.op == "call_function"}
+        found = {n.name: _executor(n.target, known) for n in graph.graph.nodes if n.op == "call_function"}
+        if graph.level() == "captured":
+            return found
+        table = DeviceTable()
+        own = {name: attention.words(took) for name, took in self._attentions(graph, table).items()}
+        return found | own | products.executors(graph, self._products(graph, table))
 
     def compile(self, graph: ModelGraph, examples: Sequence[Tensor], writes: Mapping[str, str]) -> Code:
         from torch._inductor.compile_fx import compile_fx
 
-        module = in_place(graph, writes)
+        module = in_place(self._lowered(graph), writes)
         if self.freezing:
             with torch.no_grad():
                 frozen: Any = compile_fx(module, list(examples), config_patches={"freezing": True})
@@ -58,10 +75,33 @@ class Inductor(Codegen):
         tensors, fakes = _lift(module), list(examples)
         mode = torch._guards.detect_fake_mode(fakes)
         fakes = [*(t if mode is None else mode.from_tensor(t, static_shapes=True) for t in tensors), *fakes]
+        settings = {} if graph.level() == "captured" else {"size_asserts": False}  # a check for each part of each packed weight
         with torch.no_grad(), torch._functorch.config.patch(bundled_autograd_cache=True), _tracing(mode):
-            compiled: Any = compile_fx(module, fakes)
+            compiled: Any = compile_fx(module, fakes, config_patches=settings)
+        if self.activations == "int8" and graph.level() == "quantized":
+            return Code(Checked(compiled, graph, len(tensors)), tuple(tensors))
         keeps = hasattr(compiled, "serialize")
         return Code(lambda values: compiled(*values), tuple(tensors), (lambda path: _save(compiled, path)) if keeps else None)
+
+    def seconds(self, graph: ModelGraph) -> float | None:
+        if graph.level() == "captured" or self.products != "measured":
+            return None
+        return sum(choice.seconds.get(choice.way.name, 0.0) for _, choice in self._products(graph, DeviceTable()))
+
+    def _lowered(self, graph: ModelGraph) -> ModelGraph:
+        """With our kernels' calls in the graph, if it is compressed."""
+        if graph.level() == "captured":
+            return graph
+        table = DeviceTable()
+        made = lowered(graph, self._products(graph, table))
+        attention.lower(made, self._attentions(graph, table))
+        return made
+
+    def _products(self, graph: ModelGraph, table: DeviceTable) -> list[tuple[products.Product, Choice]]:
+        return products.choices(graph, self.products, self.activations == "int8", table)
+
+    def _attentions(self, graph: ModelGraph, table: DeviceTable) -> dict[str, dict[str, float]]:
+        return attention.chosen(graph, table) if self.products == "measured" else {}
 
     def load(self, path: Path) -> Callable[[Sequence[Tensor]], Sequence[Any]]:
         from torch._inductor.standalone_compile import AOTCompiledArtifact
@@ -95,7 +135,7 @@ def _lift(module: fx.GraphModule) -> list[Tensor]:
             with module.graph.inserting_before(first):
                 inputs[name] = module.graph.placeholder(f"stored{len(inputs)}")
             inputs[name].meta.update(node.meta)
-            tensors[name] = value.detach()
+            tensors[name] = value.detach() if value.requires_grad else value
         node.replace_all_uses_with(inputs[name])
         module.graph.erase_node(node)
     module.recompile()

@@ -1,0 +1,170 @@
+// Attention of a few queries over a long cache, in float32: `lwcompile::few_attention`.
+//
+//     query [B, H, S, D], key and value [B, H / n, T, D], mask bool or float [B or 1, H or 1, S or 1, T] or absent -> [B, H, S, D]
+//
+// Each key and value is read once for the n heads that share it, and not at all where the mask closes it for all of them.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 8;
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+
+inline floats load(const float* from) {
+  floats made;
+  std::memcpy(&made, from, sizeof(made));
+  return made;
+}
+
+inline void store(float* to, floats value) { std::memcpy(to, &value, sizeof(value)); }
+
+inline floats all(float value) { return value - floats{}; }
+
+// e^x for x <= 0, to 2 units in the last place: 2^n * e^r with |r| <= ln(2) / 2, by Cephes' polynomial. 0 below -87.
+inline floats exponential(floats x) {
+  const floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const ints tiny = x < all(-87.0f);
+  const floats n = (x * all(1.44269504f) + shift) - shift;
+  const floats r = (x - n * all(0.693359375f)) + n * all(2.12194440e-4f);
+  floats p = all(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + all(c);
+  p = p * r * r + r + all(1.0f);
+  const ints power = (__builtin_convertvector(n, ints) + 127) << 23;
+  floats scale;
+  std::memcpy(&scale, &power, sizeof(scale));
+  p = p * scale;
+  ints bits;
+  std::memcpy(&bits, &p, sizeof(bits));
+  bits &= ~tiny;
+  std::memcpy(&p, &bits, sizeof(p));
+  return p;
+}
+
+struct Mask {
+  const void* data = nullptr;
+  bool booleans = false;
+  int64_t batch = 0, head = 0, query = 0, key = 0;
+
+  explicit Mask(const std::optional<at::Tensor>& given, at::IntArrayRef shape) {
+    if (!given) return;
+    const at::Tensor mask = given->expand(shape);
+    data = mask.const_data_ptr();
+    booleans = mask.scalar_type() == at::kBool;
+    batch = mask.stride(0), head = mask.stride(1), query = mask.stride(2), key = mask.stride(3);
+  }
+  float operator()(int64_t b, int64_t h, int64_t s, int64_t t) const {
+    if (data == nullptr) return 0.0f;
+    const int64_t at = b * batch + h * head + s * query + t * key;
+    if (booleans) return static_cast<const bool*>(data)[at] ? 0.0f : -std::numeric_limits<float>::infinity();
+    return static_cast<const float*>(data)[at];
+  }
+};
+
+// Where row [b, h, s] of a tensor [B, H, S, D] begins.
+struct Rows {
+  const float* data;
+  int64_t batch, head, place;
+  explicit Rows(const at::Tensor& t) : data(t.const_data_ptr<float>()), batch(t.stride(0)), head(t.stride(1)), place(t.stride(2)) {}
+  const float* operator()(int64_t b, int64_t h, int64_t s) const { return data + b * batch + h * head + s * place; }
+};
+
+inline float total(floats x) {
+  x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+  x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+  return x[0] + x[1];
+}
+
+template <int V>
+inline float dot(const float* a, const float* b) {
+  floats sum = load(a) * load(b);
+  for (int v = 1; v < V; v++) sum += load(a + v * LANES) * load(b + v * LANES);
+  return total(sum);
+}
+
+// One query of each of `shared` heads, V vectors wide, over T keys. scores: shared * T numbers of room, T rounded up to vectors.
+template <int V>
+void attend(const Rows& query, const Rows& key, const Rows& value, const Mask& mask, int64_t b, int64_t g, int64_t s, int64_t shared,
+            int64_t keys, float scale, float* scores, float* out, int64_t out_head) {
+  const int64_t width = (keys + LANES - 1) / LANES * LANES;
+  const float closed = -std::numeric_limits<float>::infinity();
+  std::vector<float> most(shared, closed);
+  for (int64_t t = 0; t < keys; t++)
+    for (int64_t i = 0; i < shared; i++) {
+      const float open = mask(b, g * shared + i, s, t);
+      float& score = scores[i * width + t];
+      score = open == closed ? closed : dot<V>(query(b, g * shared + i, s), key(b, g, t)) * scale + open;
+      most[i] = std::max(most[i], score);
+    }
+  for (int64_t i = 0; i < shared; i++) {
+    float* row = scores + i * width;
+    if (most[i] == closed) {  // nothing to read is 0, as torch has it
+      std::fill(out + i * out_head, out + i * out_head + V * LANES, 0.0f);
+      continue;
+    }
+    std::fill(row + keys, row + width, closed);
+    floats sum = {};
+    for (int64_t t = 0; t < width; t += LANES) {
+      const floats weight = exponential(load(row + t) - all(most[i]));
+      store(row + t, weight);
+      sum += weight;
+    }
+    floats made[V] = {};
+    for (int64_t t = 0; t < keys; t++) {
+      if (row[t] == 0.0f) continue;
+      const float* from = value(b, g, t);
+      for (int v = 0; v < V; v++) made[v] += all(row[t]) * load(from + v * LANES);
+    }
+    const floats share = all(1.0f / total(sum));
+    for (int v = 0; v < V; v++) store(out + i * out_head + v * LANES, made[v] * share);
+  }
+}
+
+template <int V>
+void attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Mask& mask, float scale, at::Tensor& out) {
+  const Rows query(q), key(k), value(v);
+  const int64_t heads = q.size(1), queries = q.size(2), groups = k.size(1), keys = k.size(2), shared = heads / groups;
+  float* made = out.mutable_data_ptr<float>();
+  at::parallel_for(0, q.size(0) * groups * queries, std::max<int64_t>(1, (1 << 15) / (keys * V)), [&](int64_t first, int64_t last) {
+    std::vector<float> scores(shared * (keys + LANES));
+    for (int64_t i = first; i < last; i++) {
+      const int64_t s = i % queries, g = i / queries % groups, b = i / queries / groups;
+      attend<V>(query, key, value, mask, b, g, s, shared, keys, scale, scores.data(),
+                made + ((b * heads + g * shared) * queries + s) * V * LANES, queries * V * LANES);
+    }
+  });
+}
+
+at::Tensor few_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                         const std::optional<at::Tensor>& mask, double scale) {
+  for (const at::Tensor& t : {query, key, value})
+    TORCH_CHECK(t.dim() == 4 && t.scalar_type() == at::kFloat && (t.size(3) == 1 || t.stride(3) == 1), "rows of float32 that lie in order");
+  TORCH_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0 && key.size(3) == query.size(3) && value.size(3) == query.size(3),
+              "heads of one width, shared evenly");
+  at::Tensor out = at::empty(query.sizes(), query.options());
+  const Mask open(mask, {query.size(0), query.size(1), query.size(2), key.size(2)});
+  switch (query.size(3)) {
+    case 32: attention<4>(query, key, value, open, scale, out); break;
+    case 64: attention<8>(query, key, value, open, scale, out); break;
+    case 96: attention<12>(query, key, value, open, scale, out); break;
+    case 128: attention<16>(query, key, value, open, scale, out); break;
+    default: TORCH_CHECK(false, "heads of width 32, 64, 96 or 128");
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lwcompile, CPU, m) { m.impl("few_attention", &few_attention); }

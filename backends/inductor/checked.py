@@ -1,0 +1,38 @@
+"""Code whose numbers differ from the graph's by design: its first call is compared with the graph, and one that is too far is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lwcompile.errors import VerificationError
+from lwcompile.graph import ModelGraph
+from lwcompile.manager import relative_error
+
+INT8_TOLERANCE = 0.1
+"""What int8 activations may move an output of a graph by, relative to its largest value: past it something else is wrong."""
+
+
+class Checked:
+    """Calls `call` with the `stored` tensors and then the inputs; dense weights are made for the first call, and let go."""
+
+    def __init__(self, call: Callable[..., Sequence[Any]], graph: ModelGraph, stored: int) -> None:
+        self.call, self.stored = call, stored
+        self.unchecked: ModelGraph | None = graph
+
+    def __call__(self, values: Sequence[Tensor]) -> Sequence[Any]:
+        if self.unchecked is None:
+            return self.call(*values)
+        with torch.no_grad():  # before the call, which may write into its inputs
+            wanted = self.unchecked.module(dense=True)(*values[self.stored :])
+        made = self.call(*values)
+        for name, a, b in zip(self.unchecked.outputs, wanted, made, strict=True):
+            if not (error := relative_error(a, b)) <= INT8_TOLERANCE:
+                raise VerificationError(
+                    f"with activations in int8, {name} is {error:.1e} of the largest value away from the graph's; leave them in float32"
+                )
+        self.unchecked = None
+        return made
