@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lwcompile.errors import Refused
 from lwcompile.executor import Executor, Tap
+from lwcompile.gradients import backward
 from lwcompile.memory import give_back
 from lwcompile.metric import sample_labels
 from lwcompile.rundir import code_hash, content_key, versions
@@ -56,11 +57,7 @@ def token_importance(program: Program, sites: Iterable[Site], ctx: Context) -> d
             if whole:
                 with torch.enable_grad():
                     log_p = metric.distribution(outputs, batch)
-                likelihood = log_p.gather(1, sample_labels(log_p.detach(), generator)).sum()
-                try:
-                    likelihood.backward()
-                except RuntimeError as error:  # an operator without a derivative
-                    raise Refused(f"no gradient passes through the graph ({str(error).splitlines()[0]})") from error
+                backward(log_p.gather(1, sample_labels(log_p.detach(), generator)).sum())
             for id, count in counts.items():
                 rows[id] += count
                 if id in seen:

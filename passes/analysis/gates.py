@@ -27,6 +27,7 @@ from lwcompile.context import Context
 from lwcompile.contract import AnalysisPass, Score
 from lwcompile.errors import Refused
 from lwcompile.executor import Executor
+from lwcompile.gradients import backward
 from lwcompile.program import Program
 from lwcompile.residual import NORMS
 from lwcompile.site import SUBLAYER_KINDS
@@ -83,7 +84,7 @@ class Gates(AnalysisPass):
                 polarise = self.polarise * step / self.steps
                 loss = damage + self.rate * (gates.mean() - self.keep) ** 2 + polarise * (gates * (1 - gates)).sum()
                 adam.zero_grad()
-                loss.backward()
+                backward(loss)
                 adam.step()
                 with torch.no_grad():
                     gates.clamp_(0, 1)

@@ -36,6 +36,7 @@ from lwcompile.contract import Healing, HealPass
 from lwcompile.damage import DamageMeter
 from lwcompile.errors import Refused
 from lwcompile.executor import Executor
+from lwcompile.gradients import backward
 from lwcompile.memory import give_back
 from lwcompile.passes.heal._blend import Blend
 from lwcompile.passes.heal._course import Course
@@ -164,7 +165,7 @@ class _Run:
             loss = self._loss(self.samples.batch(course.step * given.accumulate + i)) / given.accumulate
             if not loss.requires_grad:
                 raise Refused(f"{self.metric!r} gives no gradient for what is trained: set output=0 and hidden or tail above it")
-            loss.backward()
+            backward(loss)
         ranks.add_up(course.gradients())
         course.advance()
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from lwcompile.context import Context
 from lwcompile.errors import Refused
 from lwcompile.executor import Executor, Tap
+from lwcompile.gradients import backward
 from lwcompile.graph import ModelGraph
 from lwcompile.memory import give_back
 from lwcompile.metric import sample_labels
@@ -112,7 +113,7 @@ def taylor_scores(program: Program, channels: Mapping[str, tuple[str, str]], ctx
             taps = {key: _watch(id, found, metric.joint) for id, key in keys.items()}
             with torch.enable_grad():
                 log_p = metric.distribution(executor.run(batch, taps=taps), batch)
-                log_p.gather(1, sample_labels(log_p.detach(), generator)).sum().backward()
+                backward(log_p.gather(1, sample_labels(log_p.detach(), generator)).sum())
             give_back()
             task.advance()
     return found
