@@ -7,10 +7,10 @@ from torch import Tensor
 from lwcompile.errors import Refused
 
 
-def backward(value: Tensor) -> None:
-    """`value.backward()`; `Refused` where an operator of the graph has no derivative."""
+def backward(value: Tensor, again: bool = False) -> None:
+    """`value.backward()`, with the graph kept for another one if `again`; `Refused` where an operator has no derivative."""
     try:
-        value.backward()
+        value.backward(retain_graph=again)
     except RuntimeError as error:
         if "derivative for" not in str(error):
             raise

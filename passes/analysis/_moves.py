@@ -12,6 +12,7 @@ from torch import Tensor
 from lwcompile.context import Context
 from lwcompile.damage import estimate
 from lwcompile.executor import Tap
+from lwcompile.gradients import backward
 from lwcompile.memory import give_back
 from lwcompile.metric import sample_labels
 from lwcompile.passes.analysis._anchors import Jobs, find_anchors, losses
@@ -131,7 +132,7 @@ class Moves:
         self.rows += len(log_p)
         for draw in range(self.draws):
             labels = sample_labels(log_p.detach(), generator)
-            log_p.gather(1, labels).sum().backward(retain_graph=draw + 1 < self.draws)
+            backward(log_p.gather(1, labels).sum(), again=draw + 1 < self.draws)
             for job, moved in opened.items():
                 self.moves[job].append(moved)
             opened.clear()
