@@ -15,8 +15,12 @@ Refuses: a budget that no plan meets, with what could be met.
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Callable, Iterable
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -254,13 +258,14 @@ class _Program:
         cost = np.zeros(len(self.vars))
         cost[list(aim)] = list(aim.values())
         cost *= sign * _AIM / (np.abs(cost).max(initial=0.0) or 1.0)
-        result = optimize.milp(
-            cost,
-            integrality=np.array(self.vars, dtype=int),
-            bounds=optimize.Bounds(0, high),
-            constraints=_constraints(rows, len(self.vars)),
-            options={"mip_rel_gap": self.gap, "time_limit": self.seconds},
-        )
+        with _unheard():
+            result = optimize.milp(
+                cost,
+                integrality=np.array(self.vars, dtype=int),
+                bounds=optimize.Bounds(0, high),
+                constraints=_constraints(rows, len(self.vars)),
+                options={"mip_rel_gap": self.gap, "time_limit": self.seconds},
+            )
         finished = result.status in (0, 2)  # optimal, or proven infeasible
         if result.x is None:
             return None, finished
@@ -269,6 +274,27 @@ class _Program:
     def _assignment(self, values: np.ndarray) -> Found:
         best = {site: max(x, key=lambda o: values[x[o]]) for site, x in self.at.items()}
         return self.table.effective(best)
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """HiGHS prints lines from its own debugging to the process's standard output, whatever `disp` says."""
+    try:
+        kept, library = os.dup(1), ctypes.CDLL(None)
+    except (OSError, TypeError):  # no standard output, or no C library to be had by that name
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    sys.stdout.flush()
+    library.fflush(None)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        library.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _constraints(rows: list[tuple[Row, float, float]], width: int) -> optimize.LinearConstraint:
