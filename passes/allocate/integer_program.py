@@ -15,12 +15,8 @@ Refuses: a budget that no plan meets, with what could be met.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +26,7 @@ from scipy import optimize, sparse
 from lwcompile.budget import Budget, format_size
 from lwcompile.contract import Allocator
 from lwcompile.errors import BadPlan, InfeasibleBudget
+from lwcompile.passes.allocate._unheard import unheard
 from lwcompile.passes.allocate.greedy import Greedy, refine, too_small
 from lwcompile.plans import Plan
 from lwcompile.table import Evaluation, Options, OptionTable, canonical
@@ -258,7 +255,7 @@ class _Program:
         cost = np.zeros(len(self.vars))
         cost[list(aim)] = list(aim.values())
         cost *= sign * _AIM / (np.abs(cost).max(initial=0.0) or 1.0)
-        with _unheard():
+        with unheard():
             result = optimize.milp(
                 cost,
                 integrality=np.array(self.vars, dtype=int),
@@ -274,27 +271,6 @@ class _Program:
     def _assignment(self, values: np.ndarray) -> Found:
         best = {site: max(x, key=lambda o: values[x[o]]) for site, x in self.at.items()}
         return self.table.effective(best)
-
-
-@contextmanager
-def _unheard() -> Iterator[None]:
-    """HiGHS prints lines from its own debugging to the process's standard output, whatever `disp` says."""
-    try:
-        kept, library = os.dup(1), ctypes.CDLL(None)
-    except (OSError, TypeError):  # no standard output, or no C library to be had by that name
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    sys.stdout.flush()
-    library.fflush(None)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        library.fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _constraints(rows: list[tuple[Row, float, float]], width: int) -> optimize.LinearConstraint:

@@ -189,10 +189,8 @@ class _Run:
 
     def due(self) -> bool:
         """Whether to check now; what a killed run has checked is not checked again."""
-        course = self.course
-        return course.step not in dict(course.damages) and (
-            course.step % self.given.every == 0 or course.step == self.given.steps
-        )
+        step, given = self.course.step, self.given
+        return step not in dict(self.course.damages) and (step % given.every == 0 or step == given.steps)
 
     def check(self) -> bool:
         """Measure the held-out damage with all that is frozen frozen, and say whether it is time to stop."""
