@@ -15,6 +15,7 @@ from torch import Tensor
 from lwcompile import cli, demo, pipeline
 from lwcompile.errors import BadInput
 from lwcompile.executor import Executor
+from lwcompile.plans import Plan
 from lwcompile.program import Program
 from lwcompile.sources import Source, open_source
 from lwcompile.spec import Spec
@@ -116,8 +117,10 @@ def test_a_real_encoder_comes_back_from_its_file(name, tmp_path):
 def test_chat_compares_the_real_compressed_model_with_the_dense_one(tmp_path, capsys):
     """The dense answer is transformers' own, the compressed one is what `generate` says, and the first difference is theirs."""
     source, path = real("smollm2"), str(WHEELS["smollm2"]())
-    recipe = RECIPE.with_(analyses=[Spec.parse("fisher{tokens=256}")], budget={"avg_bits": 10.4}, evaluation={"samples": 4})
-    pipeline.compress(pipeline.capture(path), tmp_path / "small", recipe=recipe, run_dir=tmp_path / "run")
+    coarse = (Spec.parse("quantize{bits=2,group_size=64,solver=rtn}"),)
+    plan = Plan({f"block{i}.mlp.down_proj": coarse for i in range(0, 30, 3)})
+    recipe = RECIPE.with_(analyses=[Spec.parse("fisher{tokens=64}")], options=dict(plan.choices), evaluation={"samples": 4})
+    pipeline.compress(pipeline.capture(path), tmp_path / "small", plan=plan, recipe=recipe, run_dir=tmp_path / "run")
     line = ["chat", str(tmp_path / "small"), "--compare", path, "--prompt", "What is a compiler?", "--max-tokens", "12", "--json"]
     assert cli.run(line) == 0
     said = json.loads(capsys.readouterr().out)
@@ -129,4 +132,5 @@ def test_chat_compares_the_real_compressed_model_with_the_dense_one(tmp_path, ca
     model: Any = source.model
     assert dense == model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
     assert small == loaded.generate(ids, max_new_tokens=12)[0, ids.shape[1] :].tolist()
+    assert small != dense, "the plan changed no token, so the comparison shows nothing"
     assert said["diverges_at"] == next((k for k, (a, b) in enumerate(zip(small, dense)) if a != b), None)
