@@ -10,6 +10,7 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ def capture_module(
     exported, remarks = _export(model, dict(example), dynamic or {})
     graph = from_exported(exported, store, dynamic or {})
     if fixed := _fixed(graph, dynamic or {}):
+        free = [{d: symbol for d, symbol in i.dynamic.items() if symbol not in fixed} for i in graph.inputs]
+        graph.inputs = [replace(i, dynamic=dims) for i, dims in zip(graph.inputs, free)]  # fixed in one input is fixed in all
         remarks = [f"the trace depends on the example's {', '.join(fixed)}, which cannot change"]
     return graph, remarks
 

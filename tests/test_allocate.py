@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 import math
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from lwcompile.budget import Budget
 from lwcompile.contract import Allocator, configure
 from lwcompile.errors import BadPlan, InfeasibleBudget
+from lwcompile.passes.allocate._unheard import unheard
 from lwcompile.passes.allocate.greedy import Greedy, State
 from lwcompile.passes.allocate.integer_program import IntegerProgram
 from lwcompile.spec import KEEP, Spec
@@ -331,3 +333,14 @@ def test_options_are_validated() -> None:
     with pytest.raises(BadPlan, match="has no option 'speed'"):
         configure(Greedy, Spec.parse("greedy{speed=2}"))
     assert str(IntegerProgram().spec()) == "integer_program" and KEEP.name == "keep"
+
+
+def test_what_a_native_library_prints_is_not_heard(capfd):
+    """HiGHS prints through C's buffers, which must be empty before and after."""
+    printed = ctypes.CDLL(None).puts
+    printed(b"before")
+    with unheard():
+        printed(b"meanwhile")
+    printed(b"after")
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out.split() == ["before", "after"]

@@ -493,3 +493,17 @@ def test_a_language_model_with_inputs_of_its_own_puts_out_no_cache():
     model, ids = llama(), torch.ones(2, 9, dtype=torch.long)
     assert capture(model, {"input_ids": ids}).main.outputs == ["logits"]
     assert model.config.use_cache, "the caller's own is left alone"
+
+
+def test_a_size_that_one_input_fixes_is_fixed_in_all():
+    class Steps(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            state = x[:, 0]
+            for t in range(1, x.shape[1]):  # unrolled, as a recurrent model's trace is
+                state = state * 0.5 + x[:, t]
+            return state + y.sum(1)
+
+    given = {name: torch.randn(2, 6) for name in ("x", "y")}
+    program = capture(Steps(), given, {name: {0: "batch", 1: "sequence"} for name in given})
+    assert [i.dynamic for i in program.main.inputs] == [{0: "batch"}, {0: "batch"}]
+    assert any("sequence" in remark for remark in program.remarks)
