@@ -138,7 +138,8 @@ def run_of(name: str, options: argparse.Namespace, scratch: Path) -> Session:
         }
     else:
         data = {
-            "calibration": {"dataset": texts_of.calibration(options.texts), "samples": case.samples, "seqlen": case.seqlen},
+            "calibration": {"dataset": str(options.text or texts_of.calibration(options.texts)), "seqlen": case.seqlen,
+                            "samples": options.samples or case.samples},
             "evaluation": {"dataset": texts_of.evaluations(options.texts)["tutorial"], "samples": case.judged,
                            "seqlen": case.seqlen, "order": "sequential"},
         }  # fmt: skip
@@ -155,11 +156,12 @@ def rows_of(name: str, curve: Curve, options: argparse.Namespace) -> dict[str, A
     priced, total = curve.priced, len(curve.run.structure.of_kind("norm"))
     sums = [sum(max(d, 0.0) for d, _, _ in priced[: k + 1]) for k in range(len(priced))]
     unhealed = {limit: curve.most_unhealed(limit) for limit in options.limits}
-    for i in range(options.probes):
-        curve.healed(round(len(priced) * (i + 1) / options.probes))
+    counts = options.counts or [round(len(priced) * (i + 1) / options.probes) for i in range(options.probes)]
+    for count in counts:
+        curve.healed(min(count, len(priced)))
     limits = []
     for limit in options.limits:
-        count, healed = unhealed[limit], curve.most_healed(limit, options.halvings) if options.probes else 0
+        count, healed = unhealed[limit], curve.most_healed(limit, options.halvings) if counts else 0
         healed = max(healed, count)  # what fits unhealed needs no healing
         limits.append({"limit": limit, "by the sum": sum(s <= limit for s in sums), "unhealed": count, "healed": healed})
         print(f"| {name} | {total} | {limit:g} | {limits[-1]['by the sum']} | {count} | {healed} |", flush=True)
@@ -184,6 +186,9 @@ def main() -> None:
     parser.add_argument("--first", nargs="*", default=["own", "same"], choices=["own", "same"])
     parser.add_argument("--healer", help="instead of the models' own")
     parser.add_argument("--probes", type=int, default=4, help="counts that are healed, at equal distances; 0 heals nothing")
+    parser.add_argument("--counts", nargs="*", type=int, help="the counts that are healed, instead of --probes")
+    parser.add_argument("--text", type=Path, help="calibrate and heal on this text instead of the Debian Reference")
+    parser.add_argument("--samples", type=int, help="windows of it, instead of the models' own numbers")
     parser.add_argument("--halvings", type=int, default=2, help="further counts that are healed for a limit")
     texts_of.arguments(parser)
     parser.add_argument("--run-dir", type=Path, default=Path("lwcompile-runs/norms"))

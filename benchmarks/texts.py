@@ -1,10 +1,11 @@
-"""The texts of the benchmarks, from Debian's packages: one to calibrate on, three to judge by, which share nothing with it.
+"""The texts of the benchmarks, from Debian's packages: to calibrate on, to train on, and three to judge by that share nothing with them.
 
     python -m benchmarks.texts texts        # needs apt-get (after an update) and dpkg-deb; nothing is installed
 
 | file | what it is |
 |---|---|
 | debian-reference.txt | the Debian Reference, which the models are calibrated on |
+| manual.txt | Python's library and language references, how-tos and FAQ: for longer training |
 | gpl3.txt | the GNU General Public License, version 3 |
 | tutorial.txt | the Python tutorial's sources |
 | fortunes.txt | quotations on education, law, people, politics, science, wisdom and work |
@@ -20,6 +21,7 @@ from pathlib import Path
 
 PACKAGES = ("debian-reference-en", "python3.11-doc", "fortunes", "base-files")
 CALIBRATION = "debian-reference.txt"
+MANUAL = "manual.txt"
 EVALUATIONS = ("gpl3", "tutorial", "fortunes")
 QUOTATIONS = ("education", "law", "people", "politics", "science", "wisdom", "work")
 
@@ -38,11 +40,15 @@ def write(folder: Path) -> None:
             unpack(package, Path(scratch))
         share = Path(scratch) / "usr" / "share"
         reference = gzip.decompress((share / "debian-reference" / "debian-reference.en.txt.gz").read_bytes())
-        tutorial = sorted((share / "doc" / "python3.11" / "html" / "_sources" / "tutorial").glob("*.rst.txt"))
+        sources = share / "doc" / "python3.11" / "html" / "_sources"
+        pages = lambda *names: "\n\n".join(  # noqa: E731
+            page.read_text(encoding="utf-8") for name in names for page in sorted((sources / name).glob("*.rst.txt"))
+        )
         texts = {
             CALIBRATION: reference.decode(),
             "gpl3.txt": (share / "common-licenses" / "GPL-3").read_text(encoding="utf-8"),
-            "tutorial.txt": "\n\n".join(page.read_text(encoding="utf-8") for page in tutorial),
+            MANUAL: pages("library", "reference", "howto", "faq"),
+            "tutorial.txt": pages("tutorial"),
             "fortunes.txt": "\n".join((share / "games" / "fortunes" / n).read_text(encoding="utf-8") for n in QUOTATIONS),
         }
     for name, text in texts.items():

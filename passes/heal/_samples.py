@@ -16,6 +16,7 @@ class Samples:
 
     def __init__(self, given: CalibrationSet, names: Sequence[str], size: int, share: float, least: int, seed: int) -> None:
         self.names, self.size, self.seed = names, size, seed
+        self._orders: dict[int, Tensor] = {}
         count = 0 if share == 0 else max(least, round(share * len(given)))
         if len(given) - count < size:
             raise Refused(f"{len(given)} samples are too few for a batch of {size} beside {count} held out: raise --samples")
@@ -26,9 +27,12 @@ class Samples:
     def batch(self, number: int) -> dict[str, Tensor]:
         """The batch of this number: the samples pass in an order that is drawn anew each time around."""
         places = range(number * self.size, (number + 1) * self.size)
-        rows = torch.tensor([self._order(place // len(self.trained))[place % len(self.trained)] for place in places])
+        rows = torch.stack([self._order(place // len(self.trained))[place % len(self.trained)] for place in places])
         return self.trained.rows(rows).inputs_for(self.names)
 
-    def _order(self, round: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed + 1 + round)
-        return torch.randperm(len(self.trained), generator=generator).tolist()
+    def _order(self, round: int) -> Tensor:
+        if round not in self._orders:  # a batch may span two or more: the last are kept
+            self._orders = dict(list(self._orders.items())[-1:])
+            generator = torch.Generator().manual_seed(self.seed + 1 + round)
+            self._orders[round] = torch.randperm(len(self.trained), generator=generator)
+        return self._orders[round]
