@@ -84,7 +84,11 @@ class Kl(Metric):
             raise BadInput(f"the outputs to compare have shapes {tuple(p.shape)} and {tuple(q.shape)}")
         rows, kept = self._kept(q, inputs)
         p, q = p.reshape(rows.numel(), -1), q.reshape(rows.numel(), -1)
-        made = [_kl_rows(p[at], q[at]) for at in kept.split(max(1, CHUNK // q.shape[1]))]
+        size = max(1, CHUNK // q.shape[1])
+        if len(kept) == len(q):  # views: the gradient of an indexed part is as large as the whole
+            made = [_kl_rows(*pair) for pair in zip(p.split(size), q.split(size))]
+        else:
+            made = [_kl_rows(p[at], q[at]) for at in kept.split(size)]
         return torch.cat(made) if made else q.new_zeros(0)
 
     def distribution(self, outputs: Outputs, inputs: Inputs) -> Tensor:
