@@ -8,6 +8,7 @@ A cell is the largest error relative to the module's largest output, run in the 
     again                      a second copy with other weights, compiled in the same process
     bf16                       the module in bfloat16
     autocast                   float32 under autocast to bfloat16, which is left to torch
+    training                   outputs and gradients in training mode, with the same random numbers dropped; left to torch, which is checked
     graphs                     that the backend made of the module under no_grad; what it left to torch as it stands, after a +
     generate                   of language models: graphs for three prompts of unlike length, with a static and with a dynamic cache;
                                the tokens are those of the module without it, or the row says otherwise
@@ -42,7 +43,7 @@ FLOAT, HALF = 1e-4, 0.05
 """Errors past which a row is wrong, in float32 and in 16 bits."""
 
 SECONDS = 600
-MODES = ("no_grad", "inference_mode", "again", "bf16", "autocast")
+MODES = ("no_grad", "inference_mode", "again", "bf16", "autocast", "training")
 
 
 @dataclass
@@ -137,6 +138,9 @@ def _modes(model: nn.Module, feed: dict[str, Tensor], codegen: str, counted: Cou
         row.errors[mode] = max(row.errors.get(mode, 0.0), error)
         if mode == "no_grad":
             row.graphs = ", ".join(filter(None, [row.graphs, str(counted)]))
+    counted.fresh()
+    row.errors["training"] = max(row.errors.get("training", 0.0), _trained(model, feed, codegen))
+    assert counted.left and not counted.made, "a graph in training was rewritten"
 
 
 def _shaken(model: nn.Module) -> nn.Module:
@@ -157,6 +161,18 @@ def _error(model: nn.Module, feed: dict[str, Tensor], codegen: str, around: Any)
         wanted, made = _tensors(model(**feed)), _tensors(compiled(**feed))
         assert len(wanted) == len(made) > 0
         return max(relative_error(a, b) for a, b in zip(wanted, made))
+
+
+def _trained(model: nn.Module, feed: dict[str, Tensor], codegen: str) -> float:
+    mine, theirs = copy.deepcopy(model).train(), copy.deepcopy(model).train()
+    seen: list[list[Tensor]] = []
+    for module, call in ((theirs, theirs), (mine, torch.compile(mine, backend="layerwise", options={"codegen": codegen}))):
+        torch.manual_seed(0)
+        outputs = [x for x in _tensors(call(**feed)) if x.requires_grad]
+        sum(x.float().square().mean() for x in outputs).backward()  # type: ignore[union-attr]
+        seen.append([*outputs, *(p.grad for p in module.parameters() if p.grad is not None)])
+    assert len(seen[0]) == len(seen[1]) > 1
+    return max(relative_error(a.detach(), b.detach()) for a, b in zip(*seen))
 
 
 def _tensors(value: Any) -> list[Tensor]:
