@@ -19,6 +19,7 @@ from lwcompile.executor import run
 from lwcompile.formats import NumericFormat, QuantizedTensor
 from lwcompile.manager import Manager
 from lwcompile.metric import Kl
+from lwcompile.passes.heal._course import Course
 from lwcompile.passes.heal.distill import Distill
 from lwcompile.program import Program
 from lwcompile.registry import make
@@ -340,6 +341,20 @@ def test_without_held_out_samples_the_last_step_is_kept_unless_it_ran_away() -> 
     assert done.kept == done.steps == 6 and not done.damages and damage(dense, healed) < damage(dense, program)
     with pytest.raises(Refused, match="diverged"):
         Distill(steps=3, lr=3e37, train="norms", batch=4, held_out=0.0, warmup=0.0).heal(program.copy(), dense, context(dense))
+
+
+def test_a_step_without_a_finite_gradient_is_left_out_and_counted() -> None:
+    parameter = torch.ones(3, requires_grad=True)
+    course = Course([parameter], [1.0], 0.1, steps=4, warmup=0.0, clip=1.0)
+    for value in (1.0, float("nan"), float("inf"), 1.0):
+        before = parameter.detach().clone()
+        parameter.grad = torch.full((3,), value)
+        course.advance()
+        assert (parameter != before).all() == (value == 1.0) and parameter.grad is None
+    assert torch.isfinite(parameter).all() and (course.step, course.skipped) == (4, 2)
+    again = Course([torch.ones(3)], [1.0], 0.1, steps=4, warmup=0.0, clip=1.0)
+    again.restore(course.state(False))
+    assert again.skipped == 2
 
 
 def test_no_gain_keeps_the_program_and_stops_early() -> None:

@@ -25,7 +25,7 @@ class Course:
         self.warmup = max(1, round(warmup * steps))
         groups = [{"params": [p], "lr": rate} for p, rate in zip(self.parameters, self.rates)]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, foreach=False)
-        self.step = self.kept = 0
+        self.step = self.kept = self.skipped = 0
         self.damages: list[tuple[int, float]] = []
         self.best = self._copies()
 
@@ -43,11 +43,16 @@ class Course:
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def advance(self) -> None:
-        """One step along the parameters' gradients, which are then gone."""
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate * self.share(self.step)
-        self.optimizer.step()
+        """One step along the parameters' gradients, which are then gone. Where one is not finite, the step is left out.
+
+        A sample whose activations run away (nothing holds them where norms are frozen) would otherwise end the whole training.
+        """
+        if torch.isfinite(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)):
+            for group, rate in zip(self.optimizer.param_groups, self.rates):
+                group["lr"] = rate * self.share(self.step)
+            self.optimizer.step()
+        else:
+            self.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
@@ -70,7 +75,7 @@ class Course:
     def state(self, finished: bool) -> dict[str, Tensor]:
         """Everything that the rest of the course depends on; of a finished one, what was kept."""
         made = {
-            "counts": torch.tensor([self.step, self.kept, int(finished)]),
+            "counts": torch.tensor([self.step, self.kept, self.skipped, int(finished)]),
             "damages": torch.tensor(self.damages, dtype=torch.float64).reshape(-1, 2),
         }
         for i, (p, best) in enumerate(zip(self.parameters, self.best)):
@@ -82,7 +87,7 @@ class Course:
 
     def restore(self, state: dict[str, Tensor]) -> bool:
         """Take up a course that `state` left; whether it was finished."""
-        self.step, self.kept, finished = map(int, state["counts"])
+        self.step, self.kept, self.skipped, finished = map(int, state["counts"])
         self.damages = [(int(step), damage) for step, damage in state["damages"].tolist()]
         with torch.no_grad():
             for i, (p, best) in enumerate(zip(self.parameters, self.best)):

@@ -206,8 +206,11 @@ class _Run:
         self.course.finish()
         self.dense.release()
         self.student.release()
-        if not all(torch.isfinite(p).all() for p in self.course.parameters):
+        skipped, steps = self.course.skipped, self.course.step
+        if 2 * skipped > steps or not all(torch.isfinite(p).all() for p in self.course.parameters):
             raise Refused("the training diverged: lower lr, or hold samples back")
+        if skipped:
+            self.ctx.note("distill", "", f"{skipped} of {steps} steps had no finite gradient and were left out")
 
     @torch.no_grad()
     def _damage(self) -> float:
