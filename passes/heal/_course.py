@@ -70,6 +70,11 @@ class Course:
         """Whether the last `patience` checks, all behind the step `since`, brought nothing better."""
         return sum(step > max(self.kept, since) for step, _ in self.damages) >= patience
 
+    @property
+    def diverged(self) -> bool:
+        """Whether most steps were left out, or a parameter is not finite."""
+        return 2 * self.skipped > self.step or not all(torch.isfinite(p).all() for p in self.parameters)
+
     # --- keeping
 
     def state(self, finished: bool) -> dict[str, Tensor]:

@@ -206,11 +206,10 @@ class _Run:
         self.course.finish()
         self.dense.release()
         self.student.release()
-        skipped, steps = self.course.skipped, self.course.step
-        if 2 * skipped > steps or not all(torch.isfinite(p).all() for p in self.course.parameters):
+        if self.course.diverged:
             raise Refused("the training diverged: lower lr, or hold samples back")
-        if skipped:
-            self.ctx.note("distill", "", f"{skipped} of {steps} steps had no finite gradient and were left out")
+        if skipped := self.course.skipped:
+            self.ctx.note("distill", "", f"{skipped} of {self.course.step} steps had no finite gradient and were left out")
 
     @torch.no_grad()
     def _damage(self) -> float:
