@@ -61,6 +61,12 @@ class Trained:
             return pack_bits(p.clamp(0, 2**self.bits - 1).round().to(torch.uint8), self.bits)
         return self._rounded(p)
 
+    def store(self, program: Program) -> None:
+        """Put the result where the tensor was."""
+        result = self.result()
+        for entry, name in self.names:
+            program.entries[entry].set_tensor(name, result)
+
     def _rounded(self, p: Tensor) -> Tensor:
         limit = torch.finfo(self.stored.dtype).max
         return p.detach().clamp(-limit, limit).to(self.stored.dtype)

@@ -117,9 +117,8 @@ class Distill(HealPass):
                     task.advance()
                     give_back()
         run.finish()
-        for one, result in ((one, one.result()) for one in run.trained):
-            for entry, name in one.names:
-                program.entries[entry].set_tensor(name, result)
+        for one in run.trained:
+            one.store(program)
         return Healing(run.course.step, run.course.kept, run.count, tuple(run.course.damages))
 
 
