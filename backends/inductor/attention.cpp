@@ -17,21 +17,9 @@
 #include <optional>
 #include <vector>
 
+#include "vectors.h"
+
 namespace {
-
-constexpr int LANES = 8;
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-
-inline floats load(const float* from) {
-  floats made;
-  std::memcpy(&made, from, sizeof(made));
-  return made;
-}
-
-inline void store(float* to, floats value) { std::memcpy(to, &value, sizeof(value)); }
-
-inline floats all(float value) { return value - floats{}; }
 
 // e^x for x <= 0, to 2 units in the last place: 2^n * e^r with |r| <= ln(2) / 2, by Cephes' polynomial. 0 below -87.
 inline floats exponential(floats x) {
@@ -81,16 +69,10 @@ struct Rows {
   const float* operator()(int64_t b, int64_t h, int64_t s) const { return data + b * batch + h * head + s * place; }
 };
 
-inline float total(floats x) {
-  x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
-  x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
-  return x[0] + x[1];
-}
-
 template <int V>
 inline float dot(const float* a, const float* b) {
-  floats sum = load(a) * load(b);
-  for (int v = 1; v < V; v++) sum += load(a + v * LANES) * load(b + v * LANES);
+  floats sum = load<floats>(a) * load<floats>(b);
+  for (int v = 1; v < V; v++) sum += load<floats>(a + v * LANES) * load<floats>(b + v * LANES);
   return total(sum);
 }
 
@@ -117,7 +99,7 @@ void attend(const Rows& query, const Rows& key, const Rows& value, const Mask& m
     std::fill(row + keys, row + width, closed);
     floats sum = {};
     for (int64_t t = 0; t < width; t += LANES) {
-      const floats weight = exponential(load(row + t) - all(most[i]));
+      const floats weight = exponential(load<floats>(row + t) - all(most[i]));
       store(row + t, weight);
       sum += weight;
     }
@@ -125,7 +107,7 @@ void attend(const Rows& query, const Rows& key, const Rows& value, const Mask& m
     for (int64_t t = 0; t < keys; t++) {
       if (row[t] == 0.0f) continue;
       const float* from = value(b, g, t);
-      for (int v = 0; v < V; v++) made[v] += all(row[t]) * load(from + v * LANES);
+      for (int v = 0; v < V; v++) made[v] += all(row[t]) * load<floats>(from + v * LANES);
     }
     const floats share = all(1.0f / total(sum));
     for (int v = 0; v < V; v++) store(out + i * out_head + v * LANES, made[v] * share);

@@ -37,9 +37,9 @@ class Inductor(Codegen):
         freezing: weights become constants, packed for the processor's products: some products gain, compiling takes longer, and
             the code cannot be kept for another process.
         products: of packed weights: `measured` takes the fastest way for each shape, `packed` never a dense weight, `dense` always.
-        activations: `int8` lets products of 2- and 4-bit weights round their input to int8, group by group, where that is faster; it
-            moves a product's outputs by about 0.7 % of the largest, and more where few activations are far larger than the rest, so
-            that the first call is compared with the graph and may refuse. `float32` rounds nothing.
+        activations: `int8` lets products of 2- and 4-bit weights round their input to int8, in blocks of 32 numbers, where that is faster,
+            and round what that left once more in blocks that are large in their row. It moves a product's outputs by about 0.5 % of the
+            largest; the first call is compared with the graph, and the log says what it moved. `float32` rounds nothing.
     """
 
     name: ClassVar[str] = "inductor"

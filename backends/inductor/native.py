@@ -14,13 +14,14 @@ from lwcompile.demo import cache_root
 
 @cache
 def code_of(source: Path) -> str:
-    """A hash of a source file, so that what was measured of another does not count."""
-    return xxhash.xxh3_64_hexdigest(source.read_bytes())
+    """A hash of a source file and the headers beside it, so that what was measured of another does not count."""
+    return xxhash.xxh3_64_hexdigest(b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))))
 
 
 @cache
-def load(source: Path) -> str | None:
-    """Build a source file's library and load the operators that it registers; why it cannot be had, or None.
+def load(source: Path, *flags: str) -> str | None:
+    """Build a source file's library, with more flags for the compiler, and load the operators that it registers; why it cannot be had,
+    or None.
 
     The library is named after the source, the compiler's command and torch's version, so that an edited one is built anew.
     """
@@ -29,7 +30,7 @@ def load(source: Path) -> str | None:
 
     folder = cache_root() / "native"
     try:
-        options = CppTorchOptions(vec_isa=pick_vec_isa(), warning_all=False, extra_flags=("-ffp-contract=fast",))
+        options = CppTorchOptions(vec_isa=pick_vec_isa(), warning_all=False, extra_flags=("-ffp-contract=fast", *flags))
         command = CppBuilder("library", source.name, options, str(folder)).get_command_line()
         key = xxhash.xxh3_64_hexdigest(f"{code_of(source)} {torch.__version__} {command}".encode())
         target = folder / f"{source.stem}-{key}.so"

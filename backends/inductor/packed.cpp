@@ -1,24 +1,16 @@
 // Products with packed weights on the processor: `lwcompile::packed_linear` and `lwcompile::packed_embedding`.
 //
-// A weight [N, K] lies in panels of 32 rows, so that a vector's lanes are rows and nothing is summed across lanes:
-//
-//     codes  int32 [N/32, G, W, 32]   word w of row n holds 32/bits consecutive codes of one group, the first in the lowest bits
-//     scale  float16 or float32 [N/32, G, 32]
-//     zero   uint8, float16 or float32 [N/32, G, 32], or absent: the code 2^(bits-1)
-//
-// Rows and groups are padded with zeros. Three forms:
+// A weight lies in panels (`panels.h`). Three forms:
 //
 //     few rows of x    a code stays where it is in its word: (word & mask) is code * 2^(bits*t), which float32 holds exactly, and
 //                      x comes scaled by 2^-(bits*t). Per 8 weights: and, convert, multiply-add. Zero points meet the sums of x.
 //     many rows of x   a panel's weights are made, (code - zero) * scale, a part that stays in the first cache at a time, and
 //                      multiplied by blocks of 6 rows of x. No dense weight is kept.
-//     x in int8        each group of a row of x is rounded to 127 steps of its largest value; codes of 2 and 4 bits are multiplied as
-//                      bytes (vpmaddubsw), exactly, and widened before 16 bits overflow. Needs AVX2.
+//     x in int8        `int8.h`
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/Half.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -29,84 +21,13 @@
 #include <optional>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+
+#include "int8.h"
+#include "panels.h"
 
 namespace {
 
-constexpr int LANES = 8, PANEL = 32, VECTORS = PANEL / LANES, TILE = 16, BLOCK = 6, PANELS = 4, DEPTH = 320, AHEAD = 512;
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-
-template <class V, class T>
-inline V load(const T* from) {
-  V made;
-  std::memcpy(&made, from, sizeof(V));
-  return made;
-}
-
-inline void store(float* to, floats value) { std::memcpy(to, &value, sizeof(value)); }
-
-inline floats all(float value) { return value - floats{}; }
-
-// Rows of 32 scales or zero points, read by vectors.
-struct Grid {
-  const void* data;
-  at::ScalarType type;
-  float otherwise;
-
-  static Grid of(const at::Tensor& t) { return {t.const_data_ptr(), t.scalar_type(), 0}; }
-
-  floats operator()(int64_t row, int vector) const {
-    const int64_t at = row * PANEL + vector * LANES;
-    if (data == nullptr) return all(otherwise);
-    if (type == at::kFloat) return load<floats>(static_cast<const float*>(data) + at);
-    if (type == at::kHalf) {
-      const auto* from = static_cast<const c10::Half*>(data) + at;
-#ifdef __AVX2__
-      return (floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#else
-      floats made;
-      for (int i = 0; i < LANES; i++) made[i] = static_cast<float>(from[i]);
-      return made;
-#endif
-    }
-    const auto* from = static_cast<const uint8_t*>(data) + at;
-#ifdef __AVX2__
-    return (floats)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-#else
-    floats made;
-    for (int i = 0; i < LANES; i++) made[i] = static_cast<float>(from[i]);
-    return made;
-#endif
-  }
-
-  float one(int64_t row, int lane) const {
-    if (data == nullptr) return otherwise;
-    const int64_t at = row * PANEL + lane;
-    if (type == at::kFloat) return static_cast<const float*>(data)[at];
-    if (type == at::kHalf) return static_cast<float>(static_cast<const c10::Half*>(data)[at]);
-    return static_cast<const uint8_t*>(data)[at];
-  }
-};
-
-struct Weight {
-  const int32_t* codes;
-  Grid scale, zero;
-  int64_t rows, columns, group, groups, held;  // held: words of one group in one row
-
-  Weight(const at::Tensor& codes, const at::Tensor& scale, const std::optional<at::Tensor>& zero, int64_t bits, int64_t group,
-         int64_t rows, int64_t columns)
-      : codes(codes.const_data_ptr<int32_t>()),
-        scale(Grid::of(scale)),
-        zero(zero ? Grid::of(*zero) : Grid{nullptr, at::kFloat, static_cast<float>(1 << (bits - 1))}),
-        rows(rows), columns(columns), group(group), groups(codes.size(1)), held(codes.size(2)) {
-    TORCH_CHECK(codes.is_contiguous() && scale.is_contiguous() && (!zero || zero->is_contiguous()), "packed weights lie in order");
-  }
-  int64_t panels() const { return (rows + PANEL - 1) / PANEL; }
-};
+constexpr int TILE = 16, BLOCK = 6, PANELS = 4, DEPTH = 320;
 
 // Where a code lies in its word: shifted to the bottom if it reaches the sign, else left in place and x scaled instead.
 template <int BITS>
@@ -307,134 +228,11 @@ void many_rows(const Weight& w, const float* x, int64_t rows, const float* bias,
   });
 }
 
-#ifdef __AVX2__
-// x in int8 as the codes lie in bytes, 4 to a word: words [m, groups, held, 8/bits], steps [m, groups], sums [m, groups] in steps.
-struct Rounded {
-  std::vector<int32_t> words;
-  std::vector<float> steps, sums;
-};
-
-template <int BITS>
-Rounded round_rows(const float* x, int64_t m, const Weight& w) {
-  constexpr int PARTS = 8 / BITS, CODES = 32 / BITS;
-  const int64_t padded = w.held * CODES;
-  Rounded made{std::vector<int32_t>(m * w.groups * w.held * PARTS), std::vector<float>(m * w.groups), std::vector<float>(m * w.groups)};
-  auto* bytes = reinterpret_cast<int8_t*>(made.words.data());
-  std::vector<float> group(padded + LANES);
-  for (int64_t row = 0; row < m * w.groups; row++, bytes += padded) {
-    const int64_t g = row % w.groups, count = std::min(w.group, w.columns - g * w.group);
-    std::copy_n(x + row / w.groups * w.columns + g * w.group, count, group.begin());
-    std::fill(group.begin() + count, group.end(), 0.0f);
-    __m256 most = _mm256_setzero_ps();
-    for (int64_t k = 0; k < padded; k += LANES)
-      most = _mm256_max_ps(most, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(group.data() + k)));
-    float largest = 0;
-    for (int i = 0; i < LANES; i++) largest = std::max(largest, ((floats)most)[i]);
-    const float step = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    ints sum = {};
-    for (int64_t k = 0; k < padded; k += LANES) {
-      const __m256i steps = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(group.data() + k), _mm256_set1_ps(inverse)));
-      sum += (ints)steps;
-      alignas(32) int32_t each[LANES];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(each), steps);
-      for (int i = 0; i < LANES && k + i < padded; i++) {
-        const int64_t place = (k + i) % CODES;
-        bytes[(k + i) / CODES * CODES + place % PARTS * 4 + place / PARTS] = static_cast<int8_t>(each[i]);
-      }
-    }
-    int32_t total = 0;
-    for (int i = 0; i < LANES; i++) total += sum[i];
-    made.steps[row] = step;
-    made.sums[row] = static_cast<float>(total);
-  }
-  return made;
-}
-
-// V vectors of a panel's rows by M rows of int8: out [M, 32].
-template <int BITS, int M, int V>
-void few_int8(const Weight& w, int64_t panel, int first, const int32_t* x, const float* steps, const float* sums, float* out) {
-  constexpr int PARTS = 8 / BITS, WIDEN = 8 / PARTS;  // words whose products fit 16 bits: 8 * 2 * 15 * 127 < 2^15
-  const __m256i mask = _mm256_set1_epi8((1 << BITS) - 1), ones = _mm256_set1_epi16(1);
-  const int32_t* codes = w.codes + panel * w.groups * w.held * PANEL + first * LANES;
-  const int64_t length = w.groups * w.held * PARTS;
-  floats total[M][V] = {};
-  for (int64_t g = 0; g < w.groups; g++) {
-    __m256i sum[M][V];
-    for (int m = 0; m < M; m++)
-      for (int v = 0; v < V; v++) sum[m][v] = _mm256_setzero_si256();
-    for (int64_t i = 0; i < w.held;) {
-      __m256i narrow[M][V];
-      for (int m = 0; m < M; m++)
-        for (int v = 0; v < V; v++) narrow[m][v] = _mm256_setzero_si256();
-      const int64_t until = std::min(i + WIDEN, w.held);
-#pragma GCC unroll 4
-      for (; i < until; i++, codes += PANEL, x += PARTS) {
-        __m256i word[V];
-        for (int v = 0; v < V; v++) word[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + v * LANES));
-        if (V == VECTORS) {
-          __builtin_prefetch(codes + AHEAD);
-          __builtin_prefetch(codes + AHEAD + PANEL / 2);
-        }
-#pragma GCC unroll 4
-        for (int part = 0; part < PARTS; part++) {
-          __m256i code[V];
-          for (int v = 0; v < V; v++) code[v] = _mm256_and_si256(_mm256_srli_epi16(word[v], BITS * part), mask);
-#pragma GCC unroll 4
-          for (int m = 0; m < M; m++) {
-            const __m256i each = _mm256_set1_epi32(x[m * length + part]);
-            for (int v = 0; v < V; v++) narrow[m][v] = _mm256_add_epi16(narrow[m][v], _mm256_maddubs_epi16(code[v], each));
-          }
-        }
-      }
-      for (int m = 0; m < M; m++)
-        for (int v = 0; v < V; v++) sum[m][v] = _mm256_add_epi32(sum[m][v], _mm256_madd_epi16(narrow[m][v], ones));
-    }
-    for (int v = 0; v < V; v++) {
-      const floats scale = w.scale(panel * w.groups + g, first + v), zero = w.zero(panel * w.groups + g, first + v);
-      for (int m = 0; m < M; m++) {
-        const floats joined = (floats)_mm256_cvtepi32_ps(sum[m][v]);
-        total[m][v] += scale * steps[m * w.groups + g] * (joined - zero * sums[m * w.groups + g]);
-      }
-    }
-  }
-  for (int m = 0; m < M; m++)
-    for (int v = 0; v < V; v++) store(out + m * PANEL + (first + v) * LANES, total[m][v]);
-}
-
-template <int BITS>
-void rows_int8(const Weight& w, const float* x, int64_t rows, const float* bias, float* out) {
-  const Rounded given = round_rows<BITS>(x, rows, w);
-  const int64_t length = w.groups * w.held * (8 / BITS), grain = std::max<int64_t>(1, (1 << 17) / (PANEL * w.columns));
-  at::parallel_for(0, w.panels(), grain, [&](int64_t first, int64_t last) {
-    for (int64_t panel = first; panel < last; panel++)
-      for (int64_t row = 0; row < rows; row += 4) {
-        const int64_t count = std::min<int64_t>(4, rows - row), at = row * w.groups;
-        const int32_t* words = given.words.data() + row * length;
-        const float *steps = given.steps.data() + at, *sums = given.sums.data() + at;
-        float made[4 * PANEL];
-        const auto halves = [&](auto m) {
-          for (int half = 0; half < VECTORS; half += 2) few_int8<BITS, m, 2>(w, panel, half, words, steps, sums, made);
-        };
-        if (count == 1) few_int8<BITS, 1, VECTORS>(w, panel, 0, words, steps, sums, made);
-        if (count == 2) halves(std::integral_constant<int, 2>{});
-        if (count == 3) halves(std::integral_constant<int, 3>{});
-        if (count == 4) halves(std::integral_constant<int, 4>{});
-        const int64_t begin = panel * PANEL, width = std::min<int64_t>(PANEL, w.rows - begin);
-        for (int64_t m = 0; m < count; m++)
-          for (int64_t n = 0; n < width; n++)
-            out[(row + m) * w.rows + begin + n] = made[m * PANEL + n] + (bias ? bias[begin + n] : 0.0f);
-      }
-  });
-}
-#endif
-
 template <int BITS>
 void product(const Weight& w, const float* x, int64_t rows, const float* bias, float* out, int64_t few, bool int8) {
   if (int8) {
-#ifdef __AVX2__
     if constexpr (BITS == 2 || BITS == 4) return rows_int8<BITS>(w, x, rows, bias, out);
-#endif
-    TORCH_CHECK(false, "int8 products are of 2 and 4 bits, on processors with AVX2");
+    TORCH_CHECK(false, "int8 products are of 2 and 4 bits");
   }
   if (rows <= few) return few_rows<BITS>(w, x, rows, bias, out);
   many_rows<BITS>(w, x, rows, bias, out);
@@ -474,19 +272,18 @@ void by_bits(int64_t bits, F&& call) {
 at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale,
                          const std::optional<at::Tensor>& zero, const std::optional<at::Tensor>& bias, int64_t bits,
                          int64_t group_size, int64_t out_features, int64_t few, bool int8) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat, "packed_linear computes in float32");
-  const at::Tensor given = x.contiguous();
+  const at::Tensor given = x.to(at::kFloat).contiguous();
   const int64_t columns = x.size(-1), rows = columns ? x.numel() / columns : 0;
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = out_features;
-  at::Tensor out = at::empty(shape, x.options());
+  at::Tensor out = at::empty(shape, given.options());
   const Weight weight(codes, scale, zero, bits, group_size, out_features, columns);
-  const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
+  const at::Tensor added = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
   const float* bias_data = bias ? added.const_data_ptr<float>() : nullptr;
   by_bits(bits, [&](auto b) {
     product<b>(weight, given.const_data_ptr<float>(), rows, bias_data, out.mutable_data_ptr<float>(), few, int8);
   });
-  return out;
+  return out.to(x.scalar_type());
 }
 
 at::Tensor packed_embedding(const at::Tensor& ids, const at::Tensor& codes, const at::Tensor& scale,

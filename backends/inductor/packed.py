@@ -1,10 +1,10 @@
-"""Weights multiplied as they are packed: `lwcompile::packed_linear` and `lwcompile::packed_embedding`, float32, C++ of our own.
+"""Weights multiplied as they are packed: `lwcompile::packed_linear` and `lwcompile::packed_embedding`, C++ of our own.
 
 before: codes as they are stored, row by row in exactly their bits
-after:  panels of 32 rows in words of 32 bits (`packed.cpp`): 2, 4 and 8 bits take no more room, 3, 5, 6 and 7 about a tenth more
+after:  panels of 32 rows in words of 32 bits (`panels.h`): 2, 4 and 8 bits take no more room, 3, 5, 6 and 7 about a tenth more
 
-Every width, group size and kind of zero point is taken, and nothing is rounded: a product differs from the dequantized one as
-float32 sums do that are added in another order. With `int8`, x is rounded to 127 steps in each group, and nothing else.
+Every width, group size and kind of zero point is taken. Sums are float32, whatever the type of x, and nothing is rounded: a product
+differs from the dequantized one as float32 sums do that are added in another order. With `int8`, x is rounded to 127 steps in each block, and nothing else.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from lwcompile.backends.inductor.native import load
 from lwcompile.formats import QuantizedTensor
 
 PANEL = 32
-"""Rows whose codes lie side by side, as `packed.cpp` has it."""
+"""Rows whose codes lie side by side, as `panels.h` has it."""
 
 INT8_BITS = (2, 4)
 """Bits whose products with int8 are made of bytes."""
+
+BLOCK, LARGE = 32, 4 / 127
+"""Numbers of x that share a step, or the rest of a group of the weight; what part of the root mean square of its row a step may be.
+As `int8.h` has them."""
 
 SOURCE = Path(__file__).with_name("packed.cpp")
 
@@ -54,11 +58,6 @@ def _embedding(ids: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None,
 def unavailable() -> str | None:
     """Why the operators cannot run here; None if they can, and then they are loaded."""
     return load(SOURCE)
-
-
-def bytes_multiply() -> bool:
-    """Whether this processor has the instruction that products with int8 are made of."""
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +112,10 @@ class Panels:
         return replace(self, **{name: part.clone() for name, part in self.parts.items()})
 
     def multiply(self, x: Tensor, bias: Tensor | None = None, few: int = 0, int8: bool = False) -> Tensor:
-        """x float32 [..., K] -> [..., N]; up to `few` rows of x multiply codes in place, more of them weights made a part at a time.
+        """x [..., K] -> [..., N] of its type; up to `few` rows of x multiply codes in place, more of them weights made a part at a time.
 
-        int8: x is rounded to 127 steps of its largest value in each group; codes of `INT8_BITS` bits, with AVX2.
+        int8, for codes of `INT8_BITS` bits: each `BLOCK` of x is rounded to 127 steps of its largest value; where such a step is more than
+        `LARGE`, what that left is rounded to steps a 254th as large, and added. A row that is not finite gives NaN.
         """
         made = (self.codes, self.scale, self.zero, bias, self.bits, self.group_size, self.shape[0], few, int8)
         return torch.ops.lwcompile.packed_linear.default(x, *made)

@@ -3,8 +3,8 @@
     dense     the weight is made when the graph is compiled, and multiplied by the linear algebra library
     in place  codes are multiplied where they lie in their words: few rows of x
     by parts  a part of the weight at a time is made in the processor's first cache: many rows of x
-    int8      only where the codegen's option allows it: x is rounded to int8 by groups, which moves an output by about 0.7 % of the
-              largest
+    int8      only where the codegen's option allows it: x is rounded to bytes by blocks of 32, and what is left again where a block
+              is large in its row, which moves an output by about 0.5 % of the largest
 
 A way is compared with the dense product before it is timed. Ways that lost everywhere are not kept: see "Products with packed
 weights" in the benchmarks.
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from lwcompile.backends.inductor.native import code_of
-from lwcompile.backends.inductor.packed import INT8_BITS, PANEL, SOURCE, Panels, bytes_multiply
+from lwcompile.backends.inductor.packed import INT8_BITS, PANEL, SOURCE, Panels
 from lwcompile.formats import NumericFormat, QuantizedTensor
 from lwcompile.manager import relative_error
 from lwcompile.timings import DeviceTable, least_seconds
@@ -30,7 +30,7 @@ log = logging.getLogger("lwcompile")
 
 TOLERANCE, INT8_TOLERANCE = 1e-5, 0.03
 """What a packed product may differ by from the dense one, relative to the largest output: float32 sums in another order, or x in 127
-steps a group."""
+steps a block."""
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 128)
 """Numbers of rows that are measured; in between, the next larger one speaks, and above all the last."""
@@ -70,7 +70,7 @@ class Choice:
 def choose(format: NumericFormat, shape: tuple[int, int], rows: int | None, int8: bool, table: DeviceTable) -> Choice:
     """The fastest way for `rows` of x, or for any number of them, by a weight [N, K] of this format; dense if that is worth it."""
     measured = (min(shape[0], max(PANEL, MEASURED // shape[1] // PANEL * PANEL)), shape[1])
-    ways = [DENSE, IN_PLACE, BY_PARTS, *([INT8] if int8 and format.bits in INT8_BITS and bytes_multiply() else [])]
+    ways = [DENSE, IN_PLACE, BY_PARTS, *([INT8] if int8 and format.bits in INT8_BITS else [])]
     if rows is None:
         return Choice(_for_any(ways[1:], format, measured, table))
     bucket = next((b for b in BUCKETS if b >= rows), BUCKETS[-1])

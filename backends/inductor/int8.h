@@ -1,0 +1,204 @@
+// Products of x in int8: each block of a row of x is rounded to bytes, and what that left again where it matters; codes of 2 and 4 bits
+// are multiplied as bytes (vpmaddubsw), exactly, and widened before 16 bits overflow.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "panels.h"
+
+namespace {
+
+// x as the codes lie in bytes, 4 to a word, in blocks of 32 numbers or what is left of a group. The first term of a block is x rounded
+// to 127 steps of its largest value, the second what that left, rounded to steps a 254th as large. It is there if the step is more than
+// `LARGE` of the root mean square of its row: without it no row errs by more than 1 % of itself.
+struct Rounded {
+  int64_t blocks;
+  std::vector<int32_t> words;  // [m, blocks, 2, words of a block, 8/bits]
+  std::vector<float> steps;    // [m, blocks, 2], 0 for a term that is not there
+  std::vector<float> sums;     // [m, groups], of what x was rounded to
+  bool two(int64_t block) const { return steps[2 * block + 1] != 0; }
+};
+
+constexpr float LARGE = 4.0f / 127.0f;
+
+template <int BITS>
+struct Block {
+  static constexpr int parts = 8 / BITS, words = 8 / parts, length = words * parts, codes = 32;  // their products fit 16 bits: 8 * 2 * 15 * 127 < 2^15
+  static int64_t of(const Weight& w) { return (w.held + words - 1) / words; }  // in one group
+};
+
+// Rounds `block` to multiples of `step`, as bytes in the order of the codes, and leaves the rest in it; the sum of the multiples.
+template <int BITS>
+inline float round_block(float* block, float step, int32_t* out) {
+  const floats shift = all(12582912.0f), inverse = all(step > 1e-37f ? 1.0f / step : 0.0f);  // adding 1.5 * 2^23 rounds to an integer
+  floats sum = {};
+  bytes each[4];
+  for (int v = 0; v < 4; v++) {
+    const floats x = load<floats>(block + v * LANES), steps = (x * inverse + shift) - shift;
+    store(block + v * LANES, x - steps * all(step));
+    sum += steps;
+    each[v] = __builtin_convertvector(__builtin_convertvector(steps, ints), bytes);
+  }
+  auto* to = reinterpret_cast<int8_t*>(out);
+  for (int v = 0; v < 4; v++) {
+    if constexpr (BITS == 4) {
+      each[v] = __builtin_shufflevector(each[v], each[v], 0, 2, 4, 6, 1, 3, 5, 7);
+      std::memcpy(to + v * LANES, &each[v], LANES);
+    } else if (v % 2 == 0) {
+      const auto both = __builtin_shufflevector(each[v], each[v + 1], 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      std::memcpy(to + v * LANES, &both, 2 * LANES);
+    }
+  }
+  return total(sum);
+}
+
+float root_mean_square(const float* x, int64_t count) {
+  floats sum = {};
+  int64_t k = 0;
+  for (; k + LANES <= count; k += LANES) sum += load<floats>(x + k) * load<floats>(x + k);
+  float square = total(sum);
+  for (; k < count; k++) square += x[k] * x[k];
+  if (std::isfinite(square)) return std::sqrt(square / count);
+  const double exact = std::accumulate(x, x + count, 0.0, [](double sum, double v) { return sum + v * v; });
+  return static_cast<float>(std::sqrt(exact / count));
+}
+
+template <int BITS>
+Rounded round_rows(const float* x, int64_t m, const Weight& w) {
+  using B = Block<BITS>;
+  const int64_t blocks = w.groups * B::of(w);
+  Rounded made{blocks, std::vector<int32_t>(m * blocks * 2 * B::length), std::vector<float>(m * blocks * 2), std::vector<float>(m * w.groups)};
+  for (int64_t row = 0; row < m; row++, x += w.columns) {
+    const float size = root_mean_square(x, w.columns), large = LARGE * size;
+    const float unknown = std::isfinite(size) ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+    for (int64_t i = 0, at = row * blocks; i < blocks; i++, at++) {
+      const int64_t g = i / B::of(w), place = i % B::of(w) * B::codes, start = g * w.group + place;
+      const int64_t count = std::max<int64_t>(0, std::min({int64_t{B::codes}, w.group - place, w.columns - start}));
+      float block[B::codes] = {};
+      std::copy_n(x + start, count, block);
+      floats most = {};
+      for (int v = 0; v < B::codes; v += LANES) most = larger(most, size_of(load<floats>(block + v)));
+      float step = largest(most) / 127.0f + unknown;
+      for (int64_t term = 2 * at; term < 2 * at + 2; term++, step /= 254.0f) {
+        made.sums[row * w.groups + g] += step * round_block<BITS>(block, step, made.words.data() + term * B::length);
+        made.steps[term] = step;
+        if (!(step > large)) break;
+      }
+    }
+  }
+  return made;
+}
+
+// Bytes of a, 0 to 15, by bytes of b, added in pairs; and pairs of those.
+inline shorts by_pairs(words a, words b) {
+#ifdef VECTORS_OF_INTEL
+  return (shorts)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+#else
+  const shorts codes = (shorts)a, x = (shorts)b;
+  return (codes & 255) * ((x << 8) >> 8) + (codes >> 8) * (x >> 8);
+#endif
+}
+
+inline ints pairs(shorts a) {
+#ifdef VECTORS_OF_INTEL
+  return (ints)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1));
+#else
+  return (((ints)a << 16) >> 16) + ((ints)a >> 16);
+#endif
+}
+
+// sum [M][V] += T terms, from number `first` on, of block `at` of M rows of x, by the weights' `held` words from `codes` on.
+template <int BITS, int M, int V, int T>
+inline void add_block(const int32_t* codes, int64_t held, const Rounded& x, int64_t at, int64_t first, floats (&sum)[M][V]) {
+  using B = Block<BITS>;
+  const int32_t* given = x.words.data() + (2 * at + first) * B::length;
+  const float* steps = x.steps.data() + 2 * at + first;
+  const int64_t row = 2 * x.blocks;
+  shorts narrow[M][T][V] = {};
+#pragma GCC unroll 1  // or a compiler hoists more than there are registers
+  for (int64_t i = 0; i < held; i++, codes += PANEL, given += B::parts) {
+    words word[V];
+    for (int v = 0; v < V; v++) word[v] = load<words>(codes + v * LANES);
+#pragma GCC unroll 4
+    for (int part = 0; part < B::parts; part++) {
+      words code[V];
+      for (int v = 0; v < V; v++) code[v] = (words)((unsigned_shorts)word[v] >> (BITS * part)) & (((1u << BITS) - 1) * 0x01010101u);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int t = 0; t < T; t++) {
+          const words each = (uint32_t)given[(m * row + t) * B::length + part] - words{};
+          for (int v = 0; v < V; v++) narrow[m][t][v] += by_pairs(code[v], each);
+        }
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int t = 0; t < T; t++)
+      for (int v = 0; v < V; v++) sum[m][v] += __builtin_convertvector(pairs(narrow[m][t][v]), floats) * all(steps[m * row + t]);
+}
+
+// V vectors of a panel's rows by M rows of x in int8, from `row` on: out [M, 32].
+template <int BITS, int M, int V>
+void few_int8(const Weight& w, int64_t panel, int first, const Rounded& x, int64_t row, float* out) {
+  using B = Block<BITS>;
+  const int32_t* codes = w.codes + panel * w.groups * w.held * PANEL + first * LANES;
+  floats total[M][V] = {};
+  for (int64_t g = 0, at = row * x.blocks; g < w.groups; g++) {
+    floats sum[M][V] = {};
+    for (int64_t i = 0; i < w.held; i += B::words, at++) {
+      const int64_t held = std::min<int64_t>(B::words, w.held - i);
+      if (V == VECTORS)
+        for (int line = 0; line < 2 * B::words; line++) __builtin_prefetch(codes + AHEAD + line * (PANEL / 2));
+      bool two = false;
+      for (int m = 0; m < M; m++) two |= x.two(at + m * x.blocks);
+      if (M == 1 && two) {
+        add_block<BITS, M, V, 2>(codes, held, x, at, 0, sum);
+      } else {
+        add_block<BITS, M, V, 1>(codes, held, x, at, 0, sum);
+        if (two) add_block<BITS, M, V, 1>(codes, held, x, at, 1, sum);
+      }
+      codes += held * PANEL;
+    }
+    for (int v = 0; v < V; v++) {
+      const floats scale = w.scale(panel * w.groups + g, first + v), zero = w.zero(panel * w.groups + g, first + v);
+      for (int m = 0; m < M; m++) total[m][v] += scale * (sum[m][v] - zero * x.sums[(row + m) * w.groups + g]);
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < V; v++) store(out + m * PANEL + (first + v) * LANES, total[m][v]);
+}
+
+template <int BITS>
+void rows_int8(const Weight& w, const float* x, int64_t rows, const float* bias, float* out) {
+  const Rounded given = round_rows<BITS>(x, rows, w);
+  const int64_t grain = std::max<int64_t>(1, (1 << 17) / (PANEL * w.columns));
+  at::parallel_for(0, w.panels(), grain, [&](int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; panel++)
+      for (int64_t row = 0; row < rows; row += 4) {
+        const int64_t count = std::min<int64_t>(4, rows - row);
+        float made[4 * PANEL];
+        const auto halves = [&](auto m) {
+          for (int half = 0; half < VECTORS; half += 2) few_int8<BITS, m, 2>(w, panel, half, given, row, made);
+        };
+        if (count == 1) few_int8<BITS, 1, VECTORS>(w, panel, 0, given, row, made);
+        if (count == 2) halves(std::integral_constant<int, 2>{});
+        if (count == 3) halves(std::integral_constant<int, 3>{});
+        if (count == 4) halves(std::integral_constant<int, 4>{});
+        const int64_t begin = panel * PANEL, width = std::min<int64_t>(PANEL, w.rows - begin);
+        for (int64_t m = 0; m < count; m++)
+          for (int64_t n = 0; n < width; n++)
+            out[(row + m) * w.rows + begin + n] = made[m * PANEL + n] + (bias ? bias[begin + n] : 0.0f);
+      }
+  });
+}
+
+}  // namespace
