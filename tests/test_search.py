@@ -95,6 +95,15 @@ def test_it_is_never_worse_than_its_start_and_keeps_to_its_evaluations() -> None
     assert again.choices == plan.choices
 
 
+def test_it_is_never_worse_than_one_transform_by_itself() -> None:
+    """Drops that look free and are not: whatever few plans are measured, the formats' own plan is among them."""
+    given, budget = table(drop=0.01), Budget(bytes=2000)
+    oracle = world(given, drops=100.0)
+    formats = IntegerProgram().allocate(given.offering(lambda c: c.option.name == "quantize"), budget)
+    assert oracle(IntegerProgram().allocate(given, budget)) > 2 * oracle(formats)
+    assert oracle(Search(evaluations=3).allocate(given, budget, oracle)) <= oracle(formats)
+
+
 def test_groups_stay_whole_and_drops_stay_counted() -> None:
     given = table()
     groups = (Group("pair", ("block0.mlp.q_proj", "block1.mlp.q_proj"), "fused"),)

@@ -10,6 +10,8 @@ First by families (the same weight at all depths under one transform: one factor
 integer program was closest to making. After each round the start allocator solves the mended table again; its plan is kept if it
 measures better, else the shortfall is charged to the options that changed. All plans meet the budget, which is thus hit from below.
 
+The best plan of each transform by itself is measured too: what comes back does no more damage than any of those.
+
 Source: the search over whole plans of EvoPress, with an integer program in place of random mutations, as MixDQ (arXiv 2405.17873)
 re-ranks its candidates end to end.
 Cost: `evaluations` runs of the model over the oracle's tokens, and a solve of each weight in each format that is tried.
@@ -104,6 +106,7 @@ class _Hunt:
         self.tried: set[tuple[str, Options, str]] = set()
         self.start = self.damage(first.choices)
         self.best = _State(first.choices, self.start)
+        self.singles: list[_State] = []
 
     def damage(self, choices: Assignment) -> float:
         plan = Plan.of(self.table, choices)
@@ -116,11 +119,13 @@ class _Hunt:
 
     def run(self) -> None:
         try:
+            self._singles()
             self._families()
             while self._resolve() or self._moves():
                 pass
         except _OutOfPlans:
             pass
+        self.best = min([self.best, *self.singles], key=lambda state: state.damage)
 
     # --- what the table says, mended
 
@@ -148,6 +153,17 @@ class _Hunt:
             self.mended[id, options] = max(damage, 0.0) * (part / whole if whole > 0 else 1 / len(sites))
 
     # --- steps
+
+    def _singles(self) -> None:
+        """Measure the best plan of each transform by itself."""
+        names = sorted({option.name for row in self.table.sites.values() for c in row.choices for option in c.options})
+        for name in names if len(names) > 1 else ():
+            try:
+                offered = self.table.offering(lambda c, name=name: all(option.name == name for option in c.options))
+                choices = self.search._solve(offered, self.budget).choices
+            except InfeasibleBudget:
+                continue
+            self.singles.append(_State(choices, self.damage(choices)))
 
     def _families(self) -> None:
         """One factor for each family in the plan: its damage at the plan over its damage alone."""
