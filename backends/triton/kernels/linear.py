@@ -4,7 +4,7 @@
     few      M up to 16 or so: likewise on tensor cores, and without shared memory (`few`); RMSNorm is computed on the way
     matmul   weights are widened tile by tile and multiplied on tensor cores; where rows and columns alone are too few programs,
              K is split and the parts are added up afterwards. A norm runs before, as a kernel of its own.
-    dense    many rows: the weight is widened once, by a kernel bound by memory, and multiplied by cuBLAS
+    dense    many rows: the weight is widened and multiplied by cuBLAS, a slice that the L2 cache holds after the other
 
 The tuning table says which, by sizes. `gated` is y = act(x @ gate.T) * (x @ up.T), the first half of a SwiGLU or GEGLU MLP, in one
 pass over x; the two may differ in width and groups.
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lwcompile.backends.triton.kernels.activation import ACTIVATIONS, activate
-from lwcompile.backends.triton.kernels.embedding import dequantize
+from lwcompile.backends.triton.kernels.embedding import dequantize_part
 from lwcompile.backends.triton.kernels.few import few_kernel
 from lwcompile.backends.triton.kernels.launch import cdiv, config_for, launch, next_power_of_2
 from lwcompile.backends.triton.kernels.norm import NORMS, Norm, normalize
@@ -157,25 +157,28 @@ def matmul_kernel(
 
 @triton.jit
 def finish_kernel(
-    parts, parts2, bias, residual, y, SIZE, N, SPLIT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    parts, parts2, bias, residual, y, N, SIZE, ROW, TO, SPLIT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < SIZE
+    """parts: SPLIT of them, SIZE apart, of rows ROW apart; residual and y: rows TO apart."""
+    m = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < N
     first = tl.zeros((BLOCK,), tl.float32)
     second = tl.zeros((BLOCK,), tl.float32)
     for part in tl.static_range(SPLIT):
-        first += tl.load(parts + part * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+        at = tl.cast(part, tl.int64) * SIZE + m * ROW + n
+        first += tl.load(parts + at, mask=inside, other=0.0).to(tl.float32)
         if GATED:
-            second += tl.load(parts2 + part * SIZE + at, mask=inside, other=0.0).to(tl.float32)
+            second += tl.load(parts2 + at, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
-        first += tl.load(bias + at % N, mask=inside, other=0.0).to(tl.float32)
+        first += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
     first = activate(first, ACT)
     if GATED:
         first *= second
     if RESIDUAL:
-        first += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, first.to(y.dtype.element_ty), mask=inside)
+        first += tl.load(residual + m * TO + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + m * TO + n, first.to(y.dtype.element_ty), mask=inside)
 
 
 # --- calling them
@@ -229,25 +232,88 @@ def _run(
         return y
     if norm is not None:
         flat = normalize(flat, norm)
-    if config.get("DENSE") or config["SPLIT_K"] > 1:
+    if "DENSE" in config:
+        return _dense(flat, first, second, bias, activation, residual, y, config["DENSE"])
+    if config["SPLIT_K"] > 1:
         parts = _parts(flat, first, config)
-        if "DENSE" in config and not any(ends.values()):
-            return parts.view(y.shape)
-        both = (parts, parts if second is None else _parts(flat, second, config))
-        finishing = config_for("finish", x.device, m, n, k)
-        grid = (cdiv(y.numel(), finishing["BLOCK"]),)
-        split = config.get("SPLIT_K", 1)
-        launch(finish_kernel, grid, finishing, *both, *_or(x, bias, residual), y, y.numel(), n, SPLIT=split, **ends)
+        _finish(parts, parts if second is None else _parts(flat, second, config), bias, activation, residual, y, second is not None)
         return y
     args = (flat, *first.pointers, *other.pointers, *_or(x, bias, residual), y, m, n, k, first.chunks)
     launch(matmul_kernel, _grid(m, n, config), config, *args, **constants)
     return y
 
 
+def _dense(
+    flat: Tensor, first: Packed, second: Packed | None, bias: Tensor | None, activation: str | None, residual: Tensor | None,
+    y: Tensor, megabytes: int,
+) -> Tensor:  # fmt: skip
+    """By cuBLAS, of weights widened into one slice of `megabytes` again and again: none of it need ever leave the L2 cache.
+
+    A slice is some rows. Where those are too few to keep the GPU busy, it is all rows of some columns, and products are added up.
+    """
+    k, n, gated = first.in_features, first.rows, second is not None
+    weights = (first,) if second is None else (first, second)
+    rows, columns = slices(n * len(weights), k, megabytes, flat.element_size())
+    rows = rows // len(weights)
+    ends = [end for end in (bias, residual) if end is not None]
+    plain = not gated and activation is None and len(ends) < 2 and all(end.dtype == flat.dtype for end in ends)
+    wide = flat.new_empty(rows * len(weights) * columns)
+    out = y.view(-1, n)
+    made = out if plain else flat.new_empty((flat.shape[0], rows * len(weights)))
+    for a in range(0, n, rows):
+        here = min(rows, n - a)
+        cut = slice(a, a + here)
+        add = [end[..., cut] if end.ndim == 1 else end.view(-1, n)[:, cut] for end in ends]
+        target = out[:, cut] if plain else made[:, : here * len(weights)]
+        for b in range(0, k, columns):
+            width = min(columns, k - b)
+            part = wide[: here * len(weights) * width].view(-1, width)
+            for i, weight in enumerate(weights):
+                dequantize_part(weight, part[i * here : (i + 1) * here], a, b)
+            x = flat[:, b : b + width]
+            if b:
+                torch.addmm(target, x, part.T, out=target)
+            elif plain and add:
+                torch.addmm(add[0], x, part.T, out=target)
+            else:
+                torch.mm(x, part.T, out=target)
+        if not plain:
+            inner = None if bias is None else bias[cut]
+            past = None if residual is None else residual.view(-1, n)[:, cut]
+            _finish(target[:, :here], target[:, here:] if gated else target, inner, activation, past, out[:, cut], gated)
+    return y
+
+
+def slices(rows: int, columns: int, megabytes: int, itemsize: int) -> tuple[int, int]:
+    """Rows and columns of a slice of a weight, of that size if it can be; 1 megabyte stands for the whole.
+
+    Rows are a power of two: 1,024 rows of x by 4,096 of a weight are a tile of 128 by 256 for each of 128 processors.
+    """
+    held = (megabytes << 20) // itemsize
+    if megabytes == 1 or rows * columns <= held:
+        return rows, columns
+    if (fitting := held // columns) >= 2048:
+        return 1 << fitting.bit_length() - 1, columns
+    count = cdiv(columns, max(1024, held // rows))
+    return rows, cdiv(cdiv(columns, count), 128) * 128
+
+
+def _finish(
+    parts: Tensor, parts2: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, y: Tensor, gated: bool
+) -> None:
+    """parts, parts2 [M, N] or, to be added up, [SPLIT, M, N]; residual like y: all of rows of unit stride."""
+    n = parts.shape[-1]
+    residual, y = (None if t is None else t.view(-1, t.shape[-1]) for t in (residual, y))  # type: ignore[assignment]
+    config = config_for("finish", parts.device, len(y), n, n)
+    launch(
+        finish_kernel, (len(y), cdiv(n, config["BLOCK"])), config, parts, parts2, *_or(parts, bias, residual), y, n,
+        parts.stride(0), parts.stride(-2), y.stride(0), SPLIT=len(parts) if parts.ndim == 3 else 1, GATED=gated,
+        BIAS=bias is not None, RESIDUAL=residual is not None, ACT=ACTIVATIONS[activation],
+    )  # fmt: skip
+
+
 def _parts(flat: Tensor, weight: Packed, config: dict[str, int]) -> Tensor:
-    """flat [M, K] @ weight.T: by cuBLAS, [M, N] of flat's dtype; or split along K, [SPLIT_K, M, N] in float32."""
-    if config.get("DENSE"):
-        return flat @ dequantize(weight, flat.dtype).T
+    """flat [M, K] @ weight.T, split along K: [SPLIT_K, M, N] in float32."""
     (m, k), n = flat.shape, weight.rows
     parts = torch.empty((config["SPLIT_K"], m, n), dtype=torch.float32, device=flat.device)
     args = (flat, *weight.pointers, *weight.pointers, flat, flat, parts, m, n, k, weight.chunks)
