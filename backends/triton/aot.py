@@ -121,8 +121,8 @@ def _format(bits: int, group: int = 64, zero: int = 1) -> dict[str, Any]:
 
 _TYPES = {"words": "*i32", "words2": "*i32", "ids": "*i64", "padding": "*i64", "places": "*i64", "eps": "fp32", "factor": "fp32",
           "scale": "*fp16", "scale2": "*fp16", "cos": "*fp32", "sin": "*fp32", "parts": "*fp32", "parts2": "*fp32"}  # fmt: skip
-_SIZES = ("M", "N", "K", "CHUNKS", "SIZE")
-_COUNTS = ("SPLIT_K", "heads", "times", "queries", "keys", "length", "window")
+_SIZES = ("M", "N", "K", "CHUNKS", "SIZE", "ROW", "TO", "WIDTH")
+_COUNTS = ("SPLIT_K", "FIRST", "heads", "times", "queries", "keys", "length", "window")
 
 
 def _type_of(name: str, constants: dict[str, Any]) -> str:
@@ -144,7 +144,7 @@ def compiled(case: Case, target: int) -> Any:
     """
     options = {name: value for name, value in case.config.items() if name.startswith("num_")}
     constants = case.constants | {name: value for name, value in case.config.items() if name not in options}
-    constants = {p.name: constants[p.name] for p in case.kernel.params if p.is_constexpr}
+    constants = {p.name: constants.get(p.name, p.default) for p in case.kernel.params if p.is_constexpr}
     signature = {n: "constexpr" if n in constants else _type_of(n, constants) for n in case.kernel.arg_names}
     aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in _SIZES or n.endswith(_STRIDES)]
     divisible = [(case.kernel.arg_names.index(n),) for n in aligned]

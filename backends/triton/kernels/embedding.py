@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lwcompile.backends.triton.kernels.ahead import follow
 from lwcompile.backends.triton.kernels.launch import cdiv, config_for, launch
 from lwcompile.backends.triton.kernels.packed import CHUNK, Packed, load_tile
 
@@ -14,9 +15,10 @@ from lwcompile.backends.triton.kernels.packed import CHUNK, Packed, load_tile
 @triton.jit
 def embedding_kernel(
     ids, words, scale, zero, y, M, N, K, CHUNKS, FIRST, WIDTH, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    LOOKUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    LOOKUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr = 0,
 ):  # fmt: skip
     """y [M, WIDTH]: the columns from chunk FIRST on."""
+    follow(AHEAD)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = FIRST + tl.program_id(1) * BLOCK_C
     row = tl.load(ids + m, mask=m < M, other=0) if LOOKUP else m

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lwcompile.backends.triton.kernels.activation import ACTIVATIONS, activate
+from lwcompile.backends.triton.kernels.ahead import follow
 from lwcompile.backends.triton.kernels.embedding import dequantize_part
 from lwcompile.backends.triton.kernels.few import few_kernel
 from lwcompile.backends.triton.kernels.launch import cdiv, config_for, launch, next_power_of_2
@@ -84,8 +85,9 @@ def gemv_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BITS2: tl.constexpr, GROUP2: tl.constexpr, ZERO2: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr, ACT: tl.constexpr,
-    K2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    K2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr = 0,
 ):  # fmt: skip
+    follow(AHEAD)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mean = 0.0
     rstd = 1.0
@@ -126,8 +128,9 @@ def matmul_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BITS2: tl.constexpr, GROUP2: tl.constexpr, ZERO2: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr = 0,
 ):  # fmt: skip
+    follow(AHEAD)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(2)
@@ -158,9 +161,10 @@ def matmul_kernel(
 @triton.jit
 def finish_kernel(
     parts, parts2, bias, residual, y, N, SIZE, ROW, TO, SPLIT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr = 0,
 ):  # fmt: skip
     """parts: SPLIT of them, SIZE apart, of rows ROW apart; residual and y: rows TO apart."""
+    follow(AHEAD)
     m = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N

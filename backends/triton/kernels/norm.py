@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lwcompile.backends.triton.kernels.ahead import follow
 from lwcompile.backends.triton.kernels.launch import config_for, launch, next_power_of_2
 
 NORMS = {"rms": 1, "layer": 2}
@@ -39,8 +40,10 @@ class Norm:
 
 @triton.jit
 def norm_kernel(
-    x, branch, gain, shift, total, y, K, eps, KIND: tl.constexpr, ADD: tl.constexpr, SHIFT: tl.constexpr, K2: tl.constexpr
+    x, branch, gain, shift, total, y, K, eps, KIND: tl.constexpr, ADD: tl.constexpr, SHIFT: tl.constexpr, K2: tl.constexpr,
+    AHEAD: tl.constexpr = 0,
 ):  # fmt: skip
+    follow(AHEAD)
     start = tl.program_id(0).to(tl.int64) * K
     k = tl.arange(0, K2)
     inside = k < K
