@@ -28,6 +28,7 @@ HARDEST = (
     "rotary, heads of 128",
     "attention, S = 1, heads of 128",
     "attention, S = 4096, heads of 128",
+    "gather, 32 parts",
 )
 
 

@@ -261,6 +261,23 @@ def test_attention_follows_the_rule(batch, heads, queries, past, width, value_wi
 
 @few
 @given(
+    st.integers(1, 2), st.sampled_from([(1, 1), (4, 2), (3, 1), (6, 1)]), st.integers(1, 12), st.integers(0, 150), st.integers(1, 20),
+    st.booleans(), st.sampled_from([None, 5, 40]), st.booleans(), st.sampled_from([1, 7, 64]), SEEDS,
+)  # fmt: skip
+def test_attention_of_few_queries_is_split(batch, heads, queries, past, width, causal, window, padded, programs, seed) -> None:
+    torch.manual_seed(seed)
+    keys, way = queries + past, {"BLOCK_S": 16, "BLOCK_T": 16, "PROGRAMS": programs, "num_warps": 1, "num_stages": 1}
+    q, k = torch.randn(batch, heads[0], queries, width), torch.randn(batch, heads[1], keys, width)
+    v = torch.randn(batch, heads[1], keys, 24)
+    padding = (torch.arange(keys) >= torch.tensor([keys // 3] * batch)[:, None]).long() if padded else None
+    with ruled(attention=way):
+        found = attention_of.attention(q, k, v, padding, causal=causal, window=window)
+    wanted = attention_of.attention_reference(q, k, v, padding, causal=causal, window=window)
+    assert float((found - wanted).abs().max()) < TOLERANCE * float(v.abs().max())
+
+
+@few
+@given(
     st.integers(1, 3), st.integers(1, 3), st.integers(0, 70), st.integers(0, 70), st.sampled_from([None, 5]), st.booleans(), SEEDS
 )
 def test_attention_reads_a_cache_as_far_as_it_is_filled(batch, queries, past, room, window, padded, seed) -> None:

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lwcompile.backends.triton.kernels.attention import attention_kernel
+from lwcompile.backends.triton.kernels.attention import attention_kernel, gather_kernel
 from lwcompile.backends.triton.kernels.embedding import embedding_kernel
 from lwcompile.backends.triton.kernels.few import few_kernel
 from lwcompile.backends.triton.kernels.launch import rule_for, table_of
@@ -111,8 +111,11 @@ def cases(target: int = 90, bits: Collection[int] = BITS) -> Iterator[Case]:
             "WINDOW": True,
             "PADDED": True,
             "PLACED": m == 1,
+            "PACK": 4 if m == 1 else 1,
+            "PARTED": m == 1,
         }
         yield Case(f"attention, S = {m}, heads of {width}", attention_kernel, constants, rule("attention", m, width))
+    yield Case("gather, 32 parts", gather_kernel, {"VALUE": 128, "VALUE2": 128, "PARTS2": 32}, rule("attention", 1, 128))
 
 
 def _format(bits: int, group: int = 64, zero: int = 1) -> dict[str, Any]:
@@ -120,7 +123,8 @@ def _format(bits: int, group: int = 64, zero: int = 1) -> dict[str, Any]:
 
 
 _TYPES = {"words": "*i32", "words2": "*i32", "ids": "*i64", "padding": "*i64", "places": "*i64", "eps": "fp32", "factor": "fp32",
-          "scale": "*fp16", "scale2": "*fp16", "cos": "*fp32", "sin": "*fp32", "parts": "*fp32", "parts2": "*fp32"}  # fmt: skip
+          "scale": "*fp16", "scale2": "*fp16", "cos": "*fp32", "sin": "*fp32", "parts2": "*fp32",
+          "made": "*fp32", "tops": "*fp32", "totals": "*fp32"}  # fmt: skip
 _SIZES = ("M", "N", "K", "CHUNKS", "SIZE", "ROW", "TO", "WIDTH")
 _COUNTS = ("SPLIT_K", "FIRST", "heads", "times", "queries", "keys", "length", "window")
 
@@ -130,7 +134,9 @@ def _type_of(name: str, constants: dict[str, Any]) -> str:
         return "*u8" if constants[name.upper()] == 1 else "*fp16"
     if name in _SIZES or name in _COUNTS or name.endswith(_STRIDES):
         return "i32"
-    return _TYPES.get(name, "*bf16")
+    if name == "parts":
+        return "*fp32" if "SPLIT" in constants else "i32"
+    return "*fp32" if name == "y" and constants.get("PARTED") else _TYPES.get(name, "*bf16")
 
 
 _STRIDES = ("_stride", "_batch", "_head", "_row")

@@ -6,6 +6,9 @@
 The S queries are the last of the T positions, so one kernel serves prefill (T = S) and decoding; in a cache with room for more, T is
 read on the device, so that a CUDA graph of the call holds for every T. Keys beyond the rule are never read. Several query heads read
 one key head (grouped queries). A query to which nothing is open gets zeros.
+
+Few queries are few programs. Where the table says how many there should be (PROGRAMS), the query heads of a key head are rows of one
+tile, and keys are split between programs, each with a softmax of its own; what they found is added up afterwards (FlashDecoding).
 """
 
 from __future__ import annotations
@@ -17,45 +20,57 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lwcompile.backends.triton.kernels.ahead import follow
 from lwcompile.backends.triton.kernels.launch import cdiv, config_for, launch, next_power_of_2
 
 
 @triton.jit
 def attention_kernel(
-    q, k, v, padding, places, y, factor, heads, times, queries, keys,
+    q, k, v, padding, places, y, tops, totals, factor, heads, times, queries, keys, parts,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, padding_row, window,
     WIDTH: tl.constexpr, WIDTH2: tl.constexpr, VALUE: tl.constexpr, VALUE2: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, PLACED: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+    PACK: tl.constexpr, PARTED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, AHEAD: tl.constexpr = 0,
 ):  # fmt: skip
+    """PACK: heads of a query that are rows of one tile."""
+    follow(AHEAD)
     if PLACED:
         keys = tl.load(places + queries - 1).to(tl.int32) + 1
-    head = tl.program_id(1)
-    batch = (head // heads).to(tl.int64)
-    mine = head % heads
-    first = tl.program_id(0) * BLOCK_S
-    s = first + tl.arange(0, BLOCK_S)
+    SPAN: tl.constexpr = BLOCK_S // PACK
+    packs = heads // PACK
+    batch = (tl.program_id(1) // packs).to(tl.int64)
+    pack = tl.program_id(1) % packs
+    group = pack * PACK // times
+    row = tl.arange(0, BLOCK_S)
+    mine = pack * PACK + row % PACK
+    first = tl.program_id(0) * SPAN
+    s = first + row // PACK
+    real = (s < queries) & (row < SPAN * PACK)
     place = s + keys - queries
     d = tl.arange(0, WIDTH2)
     e = tl.arange(0, VALUE2)
-    at = batch * q_batch + mine * q_head + s[:, None] * q_row + d[None, :]
-    query = tl.load(q + at, mask=(s < queries)[:, None] & (d < WIDTH)[None, :], other=0.0)
+    at = batch * q_batch + mine[:, None] * q_head + s[:, None] * q_row + d[None, :]
+    query = tl.load(q + at, mask=real[:, None] & (d < WIDTH)[None, :], other=0.0)
     top = tl.full((BLOCK_S,), -1.0e30, tl.float32)
     total = tl.zeros((BLOCK_S,), tl.float32)
     made = tl.zeros((BLOCK_S, VALUE2), tl.float32)
     start = 0
     end = keys
     if CAUSAL:
-        end = tl.minimum(keys, first + BLOCK_S + keys - queries)
+        end = tl.minimum(keys, first + SPAN + keys - queries)
     if WINDOW:
         start = tl.maximum(0, first + keys - queries - window + 1) // BLOCK_T * BLOCK_T
         if not CAUSAL:
-            end = tl.minimum(keys, first + BLOCK_S + keys - queries + window - 1)
+            end = tl.minimum(keys, first + SPAN + keys - queries + window - 1)
+    if PARTED:
+        share = tl.cdiv(tl.cdiv(end - start, BLOCK_T), parts) * BLOCK_T
+        start += tl.program_id(2) * share
+        end = tl.minimum(end, start + share)
     for t0 in range(start, end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
-        k_at = batch * k_batch + (mine // times) * k_head + t[None, :] * k_row + d[:, None]
+        k_at = batch * k_batch + group * k_head + t[None, :] * k_row + d[:, None]
         key = tl.load(k + k_at, mask=(t < keys)[None, :] & (d < WIDTH)[:, None], other=0.0)
-        is_open = (t < keys)[None, :] & (s < queries)[:, None]
+        is_open = (t < keys)[None, :] & real[:, None]
         if CAUSAL:
             is_open &= t[None, :] <= place[:, None]
         if WINDOW:
@@ -67,14 +82,36 @@ def attention_kernel(
         highest = tl.maximum(top, tl.max(scores, 1))
         weights = tl.where(is_open, tl.exp(scores - highest[:, None]), 0.0)
         keep = tl.exp(top - highest)
-        v_at = batch * v_batch + (mine // times) * v_head + t[:, None] * v_row + e[None, :]
+        v_at = batch * v_batch + group * v_head + t[:, None] * v_row + e[None, :]
         value = tl.load(v + v_at, mask=(t < keys)[:, None] & (e < VALUE)[None, :], other=0.0)
         made = made * keep[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         total = total * keep + tl.sum(weights, 1)
         top = highest
-    made = made / tl.where(total > 0, total, 1.0)[:, None]
-    at = ((batch * queries + s[:, None]) * heads + mine) * VALUE + e[None, :]
-    tl.store(y + at, made.to(y.dtype.element_ty), mask=(s < queries)[:, None] & (e < VALUE)[None, :])
+    at = (batch * queries + s) * heads + mine
+    if PARTED:
+        at = at * parts + tl.program_id(2)
+        tl.store(tops + at, top, mask=real)
+        tl.store(totals + at, total, mask=real)
+    else:
+        made = made / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(y + at[:, None] * VALUE + e[None, :], made.to(y.dtype.element_ty), mask=real[:, None] & (e < VALUE)[None, :])
+
+
+@triton.jit
+def gather_kernel(
+    made, tops, totals, y, parts, VALUE: tl.constexpr, VALUE2: tl.constexpr, PARTS2: tl.constexpr, AHEAD: tl.constexpr = 0
+):  # fmt: skip
+    """y [..., VALUE] of made [..., parts, VALUE], each a sum of `totals` times e ** `tops`."""
+    follow(AHEAD)
+    part = tl.program_id(0).to(tl.int64) * parts + tl.arange(0, PARTS2)
+    inside = tl.arange(0, PARTS2) < parts
+    e = tl.arange(0, VALUE2)
+    top = tl.load(tops + part, mask=inside, other=-1.0e30)
+    weight = tl.where(inside, tl.exp(top - tl.max(top, 0)), 0.0)
+    total = tl.sum(weight * tl.load(totals + part, mask=inside, other=0.0), 0)
+    found = tl.load(made + part[:, None] * VALUE + e[None, :], mask=inside[:, None] & (e < VALUE)[None, :], other=0.0)
+    found = tl.sum(found * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(y + tl.program_id(0).to(tl.int64) * VALUE + e, found.to(y.dtype.element_ty), mask=e < VALUE)
 
 
 def attention(
@@ -99,17 +136,32 @@ def attention(
     if padding is not None and padding.stride(1) != 1:
         padding = padding.contiguous()
     config = config_for("attention", query.device, queries, max(width, value_width), keys)
+    times, pack, parts = heads // key.shape[1], 1, 1
+    if "PROGRAMS" in config:
+        pack = times if times <= config["BLOCK_S"] else 1
+    blocks = cdiv(queries, config["BLOCK_S"] // pack)
+    if "PROGRAMS" in config:
+        parts = min(cdiv(config["PROGRAMS"], blocks * batch * heads // pack), cdiv(keys, config["BLOCK_T"]))
+        config = {name: value for name, value in config.items() if name != "PROGRAMS"}
+    shape = (batch * queries * heads, parts)
+    made, tops, totals = (y, query, query) if parts == 1 else (
+        torch.empty(size, dtype=torch.float32, device=query.device) for size in ((*shape, value_width), shape, shape)
+    )  # fmt: skip
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], 0 if padding is None else padding.stride(0))
     args = (
-        query, key, value, query if padding is None else padding, query if places is None else places, y,
-        1 / math.sqrt(width) if scale is None else scale, heads, heads // key.shape[1], queries, keys, *strides, window or 0,
+        query, key, value, query if padding is None else padding, query if places is None else places, made, tops, totals,
+        1 / math.sqrt(width) if scale is None else scale, heads, times, queries, keys, parts, *strides, window or 0,
     )  # fmt: skip
+    value_room = next_power_of_2(value_width)
     launch(
-        attention_kernel, (cdiv(queries, config["BLOCK_S"]), batch * heads), config, *args,
-        WIDTH=width, WIDTH2=max(16, next_power_of_2(width)),
-        VALUE=value_width, VALUE2=max(16, next_power_of_2(value_width)),
-        CAUSAL=causal, WINDOW=window is not None, PADDED=padding is not None, PLACED=places is not None,
+        attention_kernel, (blocks, batch * heads // pack, parts), config, *args,
+        WIDTH=width, WIDTH2=max(16, next_power_of_2(width)), VALUE=value_width, VALUE2=max(16, value_room),
+        CAUSAL=causal, WINDOW=window is not None, PADDED=padding is not None, PLACED=places is not None, PACK=pack, PARTED=parts > 1,
     )  # fmt: skip
+    if parts > 1:
+        config = {name: config[name] for name in ("AHEAD", "num_warps", "num_stages") if name in config}
+        sizes = {"VALUE": value_width, "VALUE2": value_room, "PARTS2": next_power_of_2(parts)}
+        launch(gather_kernel, (len(made),), config, made, tops, totals, y, parts, **sizes)
     return y
 
 
