@@ -19,6 +19,7 @@ HARDEST = (
     "gemv, 3 bits, RMSNorm and gate",
     "few, 3 bits, M = 16",
     "few, 3 bits, RMSNorm and gate, M = 16",
+    "several, 3 bits, gate, M = 64",
     "matmul, 3 bits, M = 16",
     "matmul, 4 bits, gate, M = 256",
     "finish, 8 parts, gate",
@@ -70,6 +71,18 @@ def test_few_rows_are_multiplied_where_they_were_widened(bits: int) -> None:
 def test_large_tiles_are_multiplied_by_warp_groups() -> None:
     text = compiled(next(case for case in cases(90, (4,)) if case.name == "matmul, 4 bits, M = 256"), 90).asm["ptx"]
     assert "wgmma.mma_async.sync.aligned.m64n128k16" in text
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.skipif(
+    tuple(map(int, version("triton").split(".")[:2])) > (3, 6),
+    reason="triton lays out loads otherwise from 3.7 on: what that costs is not known",
+)
+def test_several_rows_are_multiplied_from_registers(bits: int) -> None:
+    text = compiled(next(case for case in cases(90, (bits,)) if case.name == f"several, {bits} bits, M = 256"), 90).asm["ptx"]
+    assert text.count("wgmma.mma_async.sync.aligned.m64n256k16") == 8
+    loop = text.rpartition("wgmma.mma_async")[0]
+    assert not any(word in loop for word in ("st.shared", "ldmatrix", "shfl"))
 
 
 def test_the_hardest_cases_are_of_every_kernel() -> None:

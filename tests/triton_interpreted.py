@@ -141,6 +141,10 @@ WAYS = st.sampled_from(
             {"BLOCK_M": m, "BLOCK_N": n, "PARTS": p, "Q": q, "num_warps": 1, "num_stages": 1}
             for m, n, p, q in ((8, 16, 1, 1), (8, 32, 2, 4), (16, 16, 4, 2))
         ),
+        *(
+            {"BLOCK_M": 16, "WARPS": w, "Q": q, "SPLIT_K": s, "DIRECT": d, "num_warps": 1, "num_stages": 1}
+            for w, q, s, d in ((1, 1, 1, 0), (2, 2, 3, 0), (1, 1, 2, 1), (1, 4, 1, 1))
+        ),
     ]
 )
 

@@ -26,6 +26,7 @@ from lwcompile.backends.triton.kernels.launch import rule_for, table_of
 from lwcompile.backends.triton.kernels.linear import finish_kernel, gemv_kernel, matmul_kernel
 from lwcompile.backends.triton.kernels.norm import norm_kernel
 from lwcompile.backends.triton.kernels.rotary import rotary_kernel
+from lwcompile.backends.triton.kernels.several import several_kernel
 from lwcompile.errors import Refused, VerificationError
 
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -33,6 +34,7 @@ SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 WIDTH = 4096
 BITS = (2, 3, 4, 5, 6, 7, 8)
+SEVERAL = {"Q": 1, "SPLIT_K": 1, "DIRECT": 0, "num_stages": 3}
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ def cases(target: int = 90, bits: Collection[int] = BITS) -> Iterator[Case]:
         yield Case(f"few, {b} bits, RMSNorm and gate, M = 16", few_kernel, few | form | gate | {"NORM": True}, gated)
         for m in (16, 64, 256):
             yield Case(f"matmul, {b} bits, M = {m}", matmul_kernel, plain | form, rule("matmul", m, bits=b, needs="BLOCK_C"))
+        for m, gated in ((64, {}), (256, {}), (64, gate)):
+            config = SEVERAL | {"BLOCK_M": m, "WARPS": 4 if m == 64 else 8, "num_warps": 4 if m == 64 else 8}
+            yield Case(f"several, {b} bits, {'gate, ' * bool(gated)}M = {m}", several_kernel, plain | form | gated, config)
         yield Case(f"embedding, {b} bits", embedding_kernel, one | {"LOOKUP": True}, rule("embedding", 1, bits=b))
         yield Case(f"dequantize, {b} bits", embedding_kernel, one | {"LOOKUP": False}, rule("dequantize", WIDTH, bits=b))
     layer, config = {"NORM": 2, "SHIFT": True}, rule("gemv", 1, needs="STAGES")
@@ -98,8 +103,9 @@ def cases(target: int = 90, bits: Collection[int] = BITS) -> Iterator[Case]:
     yield Case("matmul, 4 bits, bias, GELU, residual, M = 64", matmul_kernel, plain | _format(4) | full, config)
     yield Case("finish, 8 parts, gate", finish_kernel, {**plain, **gate, "SPLIT": 8}, rule("finish", 16))
     for kind, name in ((1, "RMSNorm"), (2, "LayerNorm")):
-        constants = {"KIND": kind, "ADD": True, "SHIFT": kind == 2, "K2": WIDTH}
+        constants = {"KIND": kind, "ADD": True, "SHIFT": kind == 2, "K2": WIDTH, "Q": 0}
         yield Case(f"{name} with residual add", norm_kernel, constants, rule("norm", 1))
+    yield Case("RMSNorm, arranged", norm_kernel, {"KIND": 1, "ADD": False, "SHIFT": False, "K2": WIDTH, "Q": 1}, rule("norm", 1))
     yield Case("rotary, heads of 128", rotary_kernel, {"HALF": 64, "HALF2": 64}, rule("rotary", 4096, 128, 128))
     for m, width in ((1, 128), (4096, 64), (4096, 128), (4096, 256)):
         constants = {

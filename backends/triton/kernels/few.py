@@ -56,17 +56,27 @@ def fragment_grid(grid, row, rows, chunk, K, GROUP: tl.constexpr, Q: tl.constexp
 
 
 @triton.jit
-def fragment(
-    words, scale, zero, row, rows, chunk, K, CHUNKS, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    PARTS: tl.constexpr, H: tl.constexpr, Q: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """Weights as the product takes them: [PARTS, H * 8, Q * 128] of `dtype`, columns in the order of (Q * 4, 4 lanes, 8)."""
-    HIGH: tl.constexpr = 8 if BITS == 8 else (4 if BITS >= 4 else 2)
-    REST: tl.constexpr = BITS - HIGH
+def fragment_grids(scale, zero, row, rows, chunk, K, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, Q: tl.constexpr):
+    """Scales and zero points."""
     factor = fragment_grid(scale, row, rows, chunk, K, GROUP, Q)
-    offset = (factor * 0).to(tl.int32) + (1 << (BITS - 1))
     if ZERO != 0:
         offset = fragment_grid(zero, row, rows, chunk, K, GROUP, Q)
+    else:
+        offset = (factor * 0).to(tl.int32) + (1 << (BITS - 1))
+    return factor, offset
+
+
+@triton.jit
+def fragment(
+    words, factor, offset, row, rows, chunk, CHUNKS, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    PARTS: tl.constexpr, H: tl.constexpr, Q: tl.constexpr, dtype: tl.constexpr, GROUPED: tl.constexpr = False,
+):  # fmt: skip
+    """Weights as the product takes them: [PARTS, H * 8, Q * 128] of `dtype`, columns in the order of (Q * 4, 4 lanes, 8).
+
+    GROUPED: as a warp group's does, [PARTS * H * 8, Q * 128], in the order of (Q * 8, 2, 4 lanes, 2).
+    """
+    HIGH: tl.constexpr = 8 if BITS == 8 else (4 if BITS >= 4 else 2)
+    REST: tl.constexpr = BITS - HIGH
     SHORT: tl.constexpr = PAIRED and dtype == tl.bfloat16 and GROUP % 32 == 0 and ZERO != 2
     made = fragment_words(words, row, rows, chunk, CHUNKS, BITS, 0, HIGH, Q)
     pairs = fragment_pairs(made, MAGIC if SHORT else 0, 0, HIGH, 15 if SHORT and BITS == 8 else (1 << HIGH) - 1, 0, Q)
@@ -88,8 +98,12 @@ def fragment(
     else:
         codes = tl.join(pairs, pairs >> 16) & ((1 << BITS) - 1)
         made = widen(codes, factor.to(tl.float32), offset.to(tl.float32), ZERO).to(dtype)
-    made = tl.permute(tl.reshape(made, (4, 8, PARTS, H, Q * 4, 8)), (2, 3, 1, 4, 0, 5))
-    return tl.reshape(made, (PARTS, H * 8, Q * 128)).to(dtype, bitcast=True)
+    if GROUPED:
+        made = tl.permute(tl.reshape(made, (4, 8, PARTS, H, Q * 8, 2, 2)), (2, 3, 1, 4, 5, 0, 6))
+        return tl.reshape(made, (PARTS * H * 8, Q * 128)).to(dtype, bitcast=True)
+    else:
+        made = tl.permute(tl.reshape(made, (4, 8, PARTS, H, Q * 4, 8)), (2, 3, 1, 4, 0, 5))
+        return tl.reshape(made, (PARTS, H * 8, Q * 128)).to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -126,10 +140,12 @@ def few_kernel(
             squares += tl.reshape(tl.permute(tl.sum(tl.sum(tl.sum(wide * wide, 5), 4), 0), (1, 2, 0)), (PARTS, BLOCK_M))
             values = (wide * tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)).to(dtype)
         values = tl.reshape(tl.permute(values, (2, 4, 0, 5, 3, 1)), (PARTS, Q * 128, BLOCK_M))
-        weights = fragment(words, scale, zero, row, N, start + chunk, K, CHUNKS, BITS, GROUP, ZERO, PARTS, H, Q, dtype)
+        factor, offset = fragment_grids(scale, zero, row, N, start + chunk, K, BITS, GROUP, ZERO, Q)
+        weights = fragment(words, factor, offset, row, N, start + chunk, CHUNKS, BITS, GROUP, ZERO, PARTS, H, Q, dtype)
         first = tl.dot(weights, values, first, input_precision="ieee")
         if GATED:
-            weights = fragment(words2, scale2, zero2, row, N, start + chunk, K, CHUNKS, BITS2, GROUP2, ZERO2, PARTS, H, Q, dtype)
+            factor, offset = fragment_grids(scale2, zero2, row, N, start + chunk, K, BITS2, GROUP2, ZERO2, Q)
+            weights = fragment(words2, factor, offset, row, N, start + chunk, CHUNKS, BITS2, GROUP2, ZERO2, PARTS, H, Q, dtype)
             second = tl.dot(weights, values, second, input_precision="ieee")
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -2,6 +2,7 @@
 
     gemv     M == 1: a program makes a few outputs and reads its rows of w once; the norm of x is computed on the way
     few      M up to 16 or so: likewise on tensor cores, and without shared memory (`few`); RMSNorm is computed on the way
+    several  up to a thousand rows or so, on Hopper: weights are widened in registers and multiplied from there (`several`)
     matmul   weights are widened tile by tile and multiplied on tensor cores; where rows and columns alone are too few programs,
              K is split and the parts are added up afterwards. A norm runs before, as a kernel of its own.
     dense    many rows: the weight is widened and multiplied by cuBLAS, a slice that the L2 cache holds after the other
@@ -24,8 +25,9 @@ from lwcompile.backends.triton.kernels.ahead import follow
 from lwcompile.backends.triton.kernels.embedding import dequantize_part
 from lwcompile.backends.triton.kernels.few import few_kernel
 from lwcompile.backends.triton.kernels.launch import cdiv, config_for, launch, next_power_of_2
-from lwcompile.backends.triton.kernels.norm import NORMS, Norm, normalize
+from lwcompile.backends.triton.kernels.norm import NORMS, Norm, arranged, normalize
 from lwcompile.backends.triton.kernels.packed import Packed, load_grid, load_tile, load_weights, load_words
+from lwcompile.backends.triton.kernels.several import several_kernel
 
 
 @triton.jit
@@ -220,6 +222,8 @@ def _run(
     other = first if second is None else second
     constants = {**_format(first), **_format(other, "2"), **ends}
     config = config_for("gated" if second is not None else "gemv" if m == 1 else "matmul", x.device, m, n, k, first.bits)
+    if "WARPS" in config and x.is_cuda and x.element_size() > 2:  # those tensor cores take halves
+        config = {"DENSE": 1}
     if "STAGES" in config:
         gain, shift, eps, kind = (norm.gain, norm.shift, norm.eps, NORMS[norm.kind]) if norm is not None else (None, None, 0.0, 0)
         args = (flat, *first.pointers, *other.pointers, *_or(x, bias, residual, gain, shift), y, n, k, first.chunks, eps)
@@ -234,6 +238,8 @@ def _run(
         grid = (cdiv(n, config["BLOCK_N"]), cdiv(m, config["BLOCK_M"]))
         launch(few_kernel, grid, config, *args, **constants, NORM=norm is not None)
         return y
+    if "WARPS" in config and not config.get("DIRECT"):
+        flat, norm = arranged(flat, norm, config["Q"]), None
     if norm is not None:
         flat = normalize(flat, norm)
     if "DENSE" in config:
@@ -242,9 +248,24 @@ def _run(
         parts = _parts(flat, first, config)
         _finish(parts, parts if second is None else _parts(flat, second, config), bias, activation, residual, y, second is not None)
         return y
-    args = (flat, *first.pointers, *other.pointers, *_or(x, bias, residual), y, m, n, k, first.chunks)
-    launch(matmul_kernel, _grid(m, n, config), config, *args, **constants)
+    _tiles(flat, first, other, (bias, residual), y, config, constants)
     return y
+
+
+def _tiles(
+    flat: Tensor, first: Packed, other: Packed, ends: tuple[Tensor | None, ...], y: Tensor, config: dict[str, int],
+    constants: dict[str, int],
+) -> None:  # fmt: skip
+    """Launch what multiplies by tiles, y [M, N] or [SPLIT_K, M, N]."""
+    m, n = len(flat), first.rows
+    args = (flat, *first.pointers, *other.pointers, *_or(flat, *ends), y, m, n, first.in_features, first.chunks)
+    split = config["SPLIT_K"]
+    config = {name: value for name, value in config.items() if name != "SPLIT_K"}
+    if "WARPS" in config:
+        grid = (cdiv(n, 16 * config["WARPS"]), cdiv(m, config["BLOCK_M"]), split)
+        launch(several_kernel, grid, config, *args, flat.shape[1], split, **constants)
+    else:
+        launch(matmul_kernel, (cdiv(m, config["BLOCK_M"]), cdiv(n, config["BLOCK_N"]), split), config, *args, split, **constants)
 
 
 def _dense(
@@ -318,16 +339,10 @@ def _finish(
 
 def _parts(flat: Tensor, weight: Packed, config: dict[str, int]) -> Tensor:
     """flat [M, K] @ weight.T, split along K: [SPLIT_K, M, N] in float32."""
-    (m, k), n = flat.shape, weight.rows
-    parts = torch.empty((config["SPLIT_K"], m, n), dtype=torch.float32, device=flat.device)
-    args = (flat, *weight.pointers, *weight.pointers, flat, flat, parts, m, n, k, weight.chunks)
+    parts = torch.empty((config["SPLIT_K"], len(flat), weight.rows), dtype=torch.float32, device=flat.device)
     constants = {**_format(weight), **_format(weight, "2"), "GATED": False, "BIAS": False, "RESIDUAL": False, "ACT": 0}
-    launch(matmul_kernel, _grid(m, n, config), config, *args, **constants)
+    _tiles(flat, weight, weight, (None, None), parts, config, constants)
     return parts
-
-
-def _grid(m: int, n: int, config: dict[str, int]) -> tuple[int, int, int]:
-    return cdiv(m, config["BLOCK_M"]), cdiv(n, config["BLOCK_N"]), config["SPLIT_K"]
 
 
 def _format(weight: Packed, which: str = "") -> dict[str, int]:

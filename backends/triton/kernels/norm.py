@@ -2,6 +2,7 @@
 
 normalize       norm(x)
 add_normalize   s = x + branch; (s, norm(s)): the stream is written once and not read again
+arranged        norm(x), or x, with its columns in the order that `several` multiplies them in
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lwcompile.backends.triton.kernels.ahead import follow
-from lwcompile.backends.triton.kernels.launch import config_for, launch, next_power_of_2
+from lwcompile.backends.triton.kernels.launch import cdiv, config_for, launch, next_power_of_2
 
 NORMS = {"rms": 1, "layer": 2}
 
@@ -40,9 +41,10 @@ class Norm:
 
 @triton.jit
 def norm_kernel(
-    x, branch, gain, shift, total, y, K, eps, KIND: tl.constexpr, ADD: tl.constexpr, SHIFT: tl.constexpr, K2: tl.constexpr,
-    AHEAD: tl.constexpr = 0,
+    x, branch, gain, shift, total, y, K, WIDTH, eps, KIND: tl.constexpr, ADD: tl.constexpr, SHIFT: tl.constexpr, K2: tl.constexpr,
+    Q: tl.constexpr, AHEAD: tl.constexpr = 0,
 ):  # fmt: skip
+    """y has WIDTH columns, 0 past K, in order where Q is 0."""
     follow(AHEAD)
     start = tl.program_id(0).to(tl.int64) * K
     k = tl.arange(0, K2)
@@ -53,11 +55,16 @@ def norm_kernel(
         tl.store(total + start + k, values.to(total.dtype.element_ty), mask=inside)
     if KIND == 2:
         values = tl.where(inside, values - tl.sum(values, 0) / K, 0.0)
-    values *= 1.0 / tl.sqrt(tl.sum(values * values, 0) / K + eps)
-    values *= tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
+    if KIND != 0:
+        values *= 1.0 / tl.sqrt(tl.sum(values * values, 0) / K + eps)
+        values *= tl.load(gain + k, mask=inside, other=0.0).to(tl.float32)
     if SHIFT:
         values += tl.load(shift + k, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + start + k, values.to(y.dtype.element_ty), mask=inside)
+    column = k
+    if Q != 0:  # (blocks, 4 lanes, Q * 8, 2, 2) in the order of (blocks, Q * 8, 2, 4 lanes, 2)
+        lane = k // (Q * 32) % 4
+        column = k // (Q * 128) * (Q * 128) + k % (Q * 32) // 4 * 16 + k // 2 % 2 * 8 + lane * 2 + k % 2
+    tl.store(y + tl.program_id(0).to(tl.int64) * WIDTH + column, values.to(y.dtype.element_ty), mask=k < WIDTH)
 
 
 def normalize(x: Tensor, norm: Norm) -> Tensor:
@@ -70,17 +77,24 @@ def add_normalize(x: Tensor, branch: Tensor, norm: Norm) -> tuple[Tensor, Tensor
     return _run(x, branch, norm)
 
 
-def _run(x: Tensor, branch: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+def arranged(x: Tensor, norm: Norm | None, q: int) -> Tensor:
+    """x [M, K] -> norm(x), [M, K up to a multiple of q * 128]."""
+    return _run(x, None, norm, q)[1]
+
+
+def _run(x: Tensor, branch: Tensor | None, norm: Norm | None, q: int = 0) -> tuple[Tensor, Tensor]:
     k = x.shape[-1]
     x = x.contiguous()
-    y = torch.empty_like(x)
+    width = cdiv(k, q * 128) * q * 128 if q else k
+    y = x.new_empty((*x.shape[:-1], width))
+    gain, shift, eps, kind = (x, None, 0.0, 0) if norm is None else (norm.gain, norm.shift, norm.eps, NORMS[norm.kind])
     total = x if branch is None else torch.empty_like(x)
     if x.numel():
         config = config_for("norm", x.device, x.numel() // k, k, k)
         launch(
             norm_kernel, (x.numel() // k,), config,
-            x, x if branch is None else branch.contiguous(), norm.gain, norm.gain if norm.shift is None else norm.shift, total, y, k,
-            norm.eps, KIND=NORMS[norm.kind], ADD=branch is not None, SHIFT=norm.shift is not None, K2=next_power_of_2(k),
+            x, x if branch is None else branch.contiguous(), gain, gain if shift is None else shift, total, y, k, width, eps,
+            KIND=kind, ADD=branch is not None, SHIFT=shift is not None, K2=next_power_of_2(width), Q=q,
         )  # fmt: skip
     return total, y
 
