@@ -7,7 +7,7 @@ Weights are rotated: as many copies as fill `--rotate` megabytes are read in tur
 replays of a CUDA graph of all of them, between CUDA events and after warming up. Each is given in microseconds, as the bytes of
 weights and activations a second over the measured bandwidth of a copy, and as the time of cuBLAS's bf16 product over it. torch's own
 int4 kernel and GemLite are timed beside it where they are installed; what cannot be timed is listed with the reason. Every product
-is compared with plain PyTorch before it is timed.
+of ours is compared with plain PyTorch in float64 before it is timed. The likeliest to be asked for come first: `--seconds` may cut.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 SHAPES = ((2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192))
 """(N, K) of the weights."""
 BITS = (2, 3, 4, 5, 6, 8)
+CUBLAS, OURS, INT4, GEMLITE = WHATS = ("cuBLAS bf16", "lwcompile", "torch int4", "GemLite")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
@@ -67,11 +69,11 @@ def weight_of(n: int, k: int, bits: int, group: int, device: str, seed: int = 0)
 
 def check(weight: Any, m: int, dtype: torch.dtype) -> float:
     """The error of a product relative to its largest value. `SystemExit` past what the dtype's rounding explains."""
-    from lwcompile.backends.triton.kernels.linear import linear, linear_reference
+    from lwcompile.backends.triton.kernels.linear import linear
 
     x = torch.randn(m, weight.in_features, generator=torch.Generator().manual_seed(m)).to(weight.words.device, dtype)
-    wanted = linear_reference(x.float(), weight)
-    error = float((linear(x, weight).float() - wanted).abs().max() / wanted.abs().max())
+    wanted = x.double() @ weight.dequantize().double().T
+    error = float((linear(x, weight).double() - wanted).abs().max() / wanted.abs().max())
     if not error <= TOLERANCE[dtype]:
         raise SystemExit(
             f"{weight.bits} bits, M = {m}, N, K = {weight.rows}, {weight.in_features}: wrong by {error:.2g} in {dtype}"
@@ -114,37 +116,38 @@ class Bench:
     def __init__(self, n: int, k: int, group: int, rotate: int, bandwidth: float) -> None:
         self.n, self.k, self.group, self.rotate, self.bandwidth = n, k, group, rotate, bandwidth
         self.missing: dict[str, str] = {}
+        self.dense: dict[int, float] = {}  # cuBLAS's microseconds by M
 
     def copies(self, nbytes: int) -> int:
         return max(2, -(-self.rotate // nbytes))
 
-    def timing(self, what: str, bits: int, m: int, call: Callable[[int], Any], nbytes: int, dense: float | None) -> Timing:
-        micro = time_of(call, max(10, self.copies(nbytes)))
+    def timing(self, what: str, bits: int, m: int, call: Callable[[int], Any], nbytes: int, rounds: int = 7) -> Timing:
+        micro = time_of(call, max(10, self.copies(nbytes)), rounds)
         moved = nbytes + 2 * m * (self.n + self.k)
+        if what == CUBLAS:
+            self.dense[m] = micro
+        dense = None if what == CUBLAS else self.dense.get(m)
         return Timing(what, bits, m, self.n, self.k, micro, moved / (micro * 1e-6) / self.bandwidth, dense and dense / micro)
 
-    def run(self, rows: tuple[int, ...], widths: tuple[int, ...]) -> Iterator[Timing]:
+    def run(self, what: str, rows: list[int], bits: int) -> Iterator[Timing]:
         inputs = {m: torch.randn(m, self.k, device="cuda", dtype=torch.bfloat16) for m in rows}
-        dense: dict[int, float] = {}
-        for made in self.cublas(inputs):
-            dense[made.m] = made.microseconds
-            yield made
-        for bits in widths:
-            yield from self.ours(bits, inputs, dense)
-        for name, others in (("torch int4", self.torch_int4), ("GemLite 4 bits", self.gemlite)):
+        if what == CUBLAS:
+            yield from self.cublas(inputs)
+        elif what == OURS:
+            yield from self.ours(bits, inputs)
+        else:
             try:
-                yield from others(inputs, dense)
+                yield from (self.torch_int4 if what == INT4 else self.gemlite)(inputs)
             except Exception as error:  # another's kernel that does not run here is a fact to note, not a reason to stop
-                self.missing[f"{name}, N, K = {self.n}, {self.k}"] = f"{type(error).__name__}: {error}"
+                self.missing[f"{what}, N, K = {self.n}, {self.k}"] = f"{type(error).__name__}: {str(error)[:200]}"
 
     def cublas(self, inputs: dict[int, Tensor]) -> Iterator[Timing]:
         nbytes = 2 * self.n * self.k
         held = [torch.randn(self.n, self.k, device="cuda", dtype=torch.bfloat16) for _ in range(self.copies(nbytes))]
         for m, x in inputs.items():
-            call = lambda i: torch.nn.functional.linear(x, held[i % len(held)])  # noqa: B023, E731
-            yield self.timing("cuBLAS bf16", 16, m, call, nbytes, None)
+            yield self.timing(CUBLAS, 16, m, lambda i: torch.nn.functional.linear(x, held[i % len(held)]), nbytes)  # noqa: B023
 
-    def ours(self, bits: int, inputs: dict[int, Tensor], dense: dict[int, float]) -> Iterator[Timing]:
+    def ours(self, bits: int, inputs: dict[int, Tensor]) -> Iterator[Timing]:
         from lwcompile.backends.triton.kernels.linear import linear
 
         nbytes = packed_bytes(NumericFormat(bits, self.group), (self.n, self.k))
@@ -152,9 +155,9 @@ class Bench:
         held = [first, *(_copy(first) for _ in range(self.copies(nbytes) - 1))]
         for m, x in inputs.items():
             check(first, m, torch.bfloat16)
-            yield self.timing("lwcompile", bits, m, lambda i: linear(x, held[i % len(held)]), nbytes, dense[m])  # noqa: B023
+            yield self.timing(OURS, bits, m, lambda i: linear(x, held[i % len(held)]), nbytes)  # noqa: B023
 
-    def torch_int4(self, inputs: dict[int, Tensor], dense: dict[int, float]) -> Iterator[Timing]:
+    def torch_int4(self, inputs: dict[int, Tensor]) -> Iterator[Timing]:
         nbytes = self.n * self.k // 2 + 4 * self.n * self.k // self.group
         codes = torch.randint(0, 256, (self.n, self.k // 2), dtype=torch.uint8, device="cuda")
         packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
@@ -162,26 +165,34 @@ class Bench:
         held = [packed, *(packed.clone() for _ in range(self.copies(nbytes) - 1))]
         for m, x in inputs.items():
             call = lambda i: torch.ops.aten._weight_int4pack_mm(x, held[i % len(held)], self.group, grid)  # noqa: B023, E731
-            yield self.timing("torch int4", 4, m, call, nbytes, dense[m])
+            yield self.timing(INT4, 4, m, call, nbytes, 3)
 
-    def gemlite(self, inputs: dict[int, Tensor], dense: dict[int, float]) -> Iterator[Timing]:
+    def gemlite(self, inputs: dict[int, Tensor]) -> Iterator[Timing]:
         if importlib.util.find_spec("gemlite") is None:
-            self.missing["GemLite"] = "not installed"
+            self.missing[GEMLITE] = "not installed"
             return
         from gemlite.core import DType, GemLiteLinear  # type: ignore[import-not-found]
+
+        codes = torch.randint(0, 16, (self.n, self.k), dtype=torch.uint8, device="cuda")
+        zero = torch.randint(0, 16, (self.n, self.k // self.group), device="cuda").to(torch.bfloat16)
+        scale = torch.rand(zero.shape, dtype=torch.bfloat16, device="cuda") / 16
 
         def made() -> Any:
             layer = GemLiteLinear(4, group_size=self.group, in_features=self.k, out_features=self.n,
                                   input_dtype=DType.BF16, output_dtype=DType.BF16)  # fmt: skip
-            codes = torch.randint(0, 16, (self.n, self.k), dtype=torch.uint8, device="cuda")
-            grid = torch.rand(self.n, self.k // self.group, dtype=torch.bfloat16, device="cuda")
-            layer.pack(codes, grid, grid)
+            layer.pack(codes.clone(), scale.clone(), zero.clone())
             return layer
 
         nbytes = self.n * self.k // 2 + 4 * self.n * self.k // self.group
         held = [made() for _ in range(self.copies(nbytes))]
+        each = torch.arange(self.k, device="cuda") // self.group
+        weight = (codes.float() - zero.float()[:, each]) * scale.float()[:, each]
         for m, x in inputs.items():
-            yield self.timing("GemLite", 4, m, lambda i: held[i % len(held)](x), nbytes, dense[m])  # noqa: B023
+            wanted = x.float() @ weight.T
+            error = float((held[0](x).float() - wanted).abs().max() / wanted.abs().max())
+            if not error <= TOLERANCE[torch.bfloat16]:
+                raise ValueError(f"wrong by {error:.2g} at M = {m}: not what this calls it for")
+            yield self.timing(GEMLITE, 4, m, lambda i: held[i % len(held)](x), nbytes)  # noqa: B023
 
 
 def _copy(weight: Any) -> Any:
@@ -201,6 +212,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs="+", default=list(BITS))
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--rotate", type=int, default=256, help="megabytes of weights in rotation, at least 64")
+    parser.add_argument("--only", nargs="+", choices=WHATS, default=list(WHATS), help="what is timed")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="what was not begun by then is left out")
     parser.add_argument("--write", type=Path, help="a JSON file for the results")
     parser.add_argument("--check", action="store_true", help="only compare with plain PyTorch on small shapes, in float32")
     given = parser.parse_args(arguments)
@@ -208,6 +221,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--rotate must be 64 or more, or the cache answers")
     given.shapes = [tuple(map(int, shape.split("x"))) for shape in given.shapes]
     return given
+
+
+def parts(given: argparse.Namespace, benches: list[Bench]) -> Iterator[tuple[Bench, str, list[int], int]]:
+    """What is timed, in order: 4 bits beside cuBLAS, the others' kernels, the other widths at few rows and at many."""
+    rows, fewer = given.rows, [m for m in given.rows if m <= 16]
+    first = 4 if 4 in given.bits else given.bits[0]
+    rest = [bits for bits in given.bits if bits != first]
+    order = [(CUBLAS, rows, 16), (OURS, rows, first), (GEMLITE, rows, 4), (INT4, [m for m in rows if m <= 256], 4)]
+    yield from ((bench, *each) for each in order[:2] for bench in benches if each[0] in given.only)
+    if OURS in given.only:
+        yield from ((bench, OURS, fewer, bits) for bits in rest for bench in benches)
+    yield from ((bench, *each) for each in order[2:] for bench in benches if each[0] in given.only)
+    if OURS in given.only:
+        yield from ((bench, OURS, [m for m in rows if m not in fewer], bits) for bits in rest for bench in benches)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -221,21 +248,25 @@ def main(arguments: list[str] | None = None) -> int:
     if device == "cpu":
         print("there is no GPU here; --check compares with plain PyTorch anywhere, with TRITON_INTERPRET=1", file=sys.stderr)
         return 1
-    bandwidth = copy_bandwidth()
+    started, bandwidth = time.monotonic(), copy_bandwidth()
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "device": torch.cuda.get_device_name(), "versions": _versions(),
         "copy_bytes_per_second": bandwidth, "group": given.group, "rotated_megabytes": given.rotate, "timings": [], "missing": {},
     }  # fmt: skip
-    for n, k in given.shapes:
-        bench = Bench(n, k, given.group, given.rotate << 20, bandwidth)
-        for made in bench.run(tuple(given.rows), tuple(given.bits)):
+    benches = [Bench(n, k, given.group, given.rotate << 20, bandwidth) for n, k in given.shapes]
+    for bench, what, rows, bits in parts(given, benches):
+        if time.monotonic() - started > given.seconds:
+            left = f"{what}, {bits} bits, N, K = {bench.n}, {bench.k}, M = {', '.join(map(str, rows))}"
+            result["missing"][left] = "the time was up"
+            continue
+        for made in bench.run(what, rows, bits):
             result["timings"].append(asdict(made))
-            share = f"{made.speedup:.2f} x cuBLAS bf16" if made.speedup else ""
+            share = f"{made.speedup:.2f} x {CUBLAS}" if made.speedup else ""
             speed = f"{made.microseconds:9.1f} us  {made.bandwidth:5.1%} of a copy  {share}"
-            print(f"{made.what:12} {made.bits:2} bits  M {made.m:5}  N, K {n} {k}  {speed}", flush=True)
+            print(f"{made.what:12} {made.bits:2} bits  M {made.m:5}  N, K {made.n} {made.k}  {speed}", flush=True)
         result["missing"] |= bench.missing
-    if given.write is not None:
-        given.write.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        if given.write is not None:  # after each: what is known by then outlives what comes
+            given.write.write_text(json.dumps(result, indent=1), encoding="utf-8")
     return 0
 
 

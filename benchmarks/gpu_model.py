@@ -17,10 +17,11 @@ A decode step has one new token a sequence behind `--context` cached ones, and i
 captured step is of one length; the peer writes the last position of its cache anew. Prefill has no cache, and both sides give the
 logits of all tokens. Each call is timed as it is and replayed from a CUDA graph, which takes Python's launches off both; what is
 compared is the peer's faster way. "generate" is what a user of the package gets: `--new` tokens from its own `generate`, which
-replays a CUDA graph, behind a prompt of `--context`, without the time of the prompt and the first of them; beside it is the peer's
-decode step, whose tokens nobody picks. The sides alternate, and a time is the median over rounds of the median between CUDA events.
-Bandwidth is the bytes of weights that a step reads (the embedding's rows and the cache left out) a second, over that of a copy. What
-cannot be run is listed with the reason, and the rest goes on.
+replays a CUDA graph, behind a prompt of `--context`, without the time of the prompt and the first of them; its caches are written in
+place, as the peer's are, where the decode step alone copies them. Beside it is the peer's decode step, whose tokens nobody picks. The
+sides alternate, and a time is the median over rounds of the median between CUDA events. Bandwidth is the bytes of weights that a step
+reads (the embedding's rows and the cache left out) a second, over that of a copy. What cannot be run is listed with the reason, and
+the rest goes on.
 """
 
 from __future__ import annotations
@@ -237,14 +238,22 @@ def measure(given: argparse.Namespace, folder: Path, device: str) -> dict[str, A
     with bench.noted("dense model in bf16"):
         bench.peer = Peer(config, device, torch.bfloat16)
         bench.peer.compile(given.whole)
+    decode = [Step("decode", batch, given.context) for batch in given.batches]
+    generation = [Step("generate", batch, given.context) for batch in given.batches if given.new]
+    prefill = [Step("prefill", 1, tokens) for tokens in given.prefill]
+    steps = [*prefill[:1], *decode, *generation, *prefill[1:]]
+    if given.hold is not None and bench.peer is not None:
+        for step in decode + prefill:
+            with bench.noted(f"{step.kind}, batch {step.batch}, {step.tokens} tokens: {PEER}, compiling"):
+                bench.peer.call(step)()
+        torch.cuda.synchronize()
+        given.hold.with_suffix(".ready").touch()
     with bench.noted("tracing"):
         graph = captured(config)
         for plan in given.bits:
             with bench.noted(f"lwcompile {plan}"):
-                bench.ours.append(Ours(graph, config, plan, given.group, folder, device, torch.bfloat16))
-    decode = [Step("decode", batch, given.context) for batch in given.batches]
-    generation = [Step("generate", 1, given.context)] if given.new else []
-    for step in decode + generation + [Step("prefill", 1, tokens) for tokens in given.prefill]:
+                bench.ours.append(Ours(graph, config, plan, given.group, folder, device, torch.bfloat16, given.hold))
+    for step in steps:
         timings = bench.generation(step, given.new, bandwidth) if step.kind == "generate" else bench.run(step, bandwidth)
         for made in timings:
             result["timings"].append(asdict(made))
@@ -272,6 +281,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=64, help="tokens that the package's own `generate` makes; 0: none")
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048], help="tokens of a prompt")
     parser.add_argument("--whole", action="store_true", help="compile the peer as one graph: a minute or more for each step")
+    parser.add_argument(
+        "--hold", type=Path, help="with the peer compiled it makes PATH.ready, and uses the GPU no more before PATH is there"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", type=Path, help="a JSON file for the results")
     parser.add_argument("--check", action="store_true", help="only compare with the peer on a tiny shape, in float32")

@@ -14,6 +14,7 @@ import argparse
 import datetime
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -30,8 +31,15 @@ from benchmarks.gpu_kernels import TOLERANCE, _copy, _versions, time_of, weight_
 Config = dict[str, int]
 SHAPES = ((2048, 2048), (4096, 4096), (14336, 4096))
 """(N, K), by rising N: a rule found at one stands for all N up to it, the last for all above."""
-ROWS = {"dequantize": (4096,), "gemv": (1,), "matmul": (4, 16, 64, 256, 1024, 4096), "gated": (1, 4, 16, 256, 4096)}
+ROWS = {
+    "dequantize": (4096,), "gemv": (1,), "matmul": (4, 8, 16, 32, 64, 256, 1024, 4096), "gated": (1, 4, 16, 64, 256, 1024, 4096),
+}  # fmt: skip
 """M, likewise."""
+WHOLE = (4, 8)
+"""Widths that are tuned at every M; the others up to `FEWER`, and take the rules of the next wider one above."""
+FEWER = {"dequantize": 4096, "gemv": 1, "matmul": 64, "gated": 1}
+SMALL = ("norm", "rotary", "attention", "finish", "embedding", "dequantize")
+"""Kernels that start early, or not, all alike."""
 GROUP = 64
 
 
@@ -43,34 +51,83 @@ def tile(m: int, n: int, chunks: int, split: int = 1, warps: int = 4, stages: in
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_C": chunks, "SPLIT_K": split, "num_warps": warps, "num_stages": stages}
 
 
-def few(m: int, n: int, parts: int, q: int, stages: int = 1) -> Config:
-    return {"BLOCK_M": 8 if m <= 8 else 16, "BLOCK_N": n, "PARTS": parts, "Q": q, "num_warps": parts, "num_stages": stages}
+def few(m: int, n: int, parts: int, q: int, ahead: int = 1, stages: int = 1) -> Config:
+    made = {"BLOCK_M": 8 if m <= 8 else 16, "BLOCK_N": n, "PARTS": parts, "Q": q, "num_warps": parts, "num_stages": stages}
+    return made | {"AHEAD": 1} if ahead else made
 
 
-ONE_ROW = [gemv(16, 16, 4), gemv(32, 16, 3), gemv(8, 64, 3), gemv(8, 32, 4), gemv(16, 32, 3), gemv(8, 64, 1), gemv(16, 32, 1)]
-FEW_ROWS = ((16, 8, 1), (16, 8, 2), (32, 8, 1), (32, 8, 2), (16, 4, 2), (32, 4, 2), (16, 16, 1), (32, 16, 1), (16, 8, 1, 3))
-SIXTEEN_ROWS = [few(16, 64, 4, 1), few(16, 64, 8, 1), tile(16, 64, 4, 4, 4, 4), tile(16, 32, 8, 4, 4, 4)]
-SOME_ROWS = [*(tile(64, 64, 2, split, 4, 4) for split in (1, 2, 4)), tile(64, 128, 2), tile(64, 128, 2, 2)]
-MANY_ROWS = [tile(128, 128, 2, 1, 8), {"DENSE": 1}]
+def several(m: int, warps: int, split: int = 1, stages: int = 3, q: int = 1, direct: int = 0) -> Config:
+    return {
+        "BLOCK_M": m, "WARPS": warps, "Q": q, "SPLIT_K": split, "DIRECT": direct, "num_warps": warps, "num_stages": stages, "AHEAD": 1,
+    }  # fmt: skip
 
 
-def candidates(kernel: str, m: int) -> list[Config]:
-    """What is tried: a short list, since compiling takes longer than timing."""
+def dense(*megabytes: int) -> list[Config]:
+    return [{"DENSE": size} for size in megabytes]
+
+
+ONE_ROW = [gemv(16, 16, 4), gemv(8, 64, 3), gemv(16, 32, 1)]
+FEW_ROWS = ((16, 8, 2), (32, 4, 2), (16, 8, 2, 0), (32, 4, 2, 0), (16, 8, 1), (16, 4, 2), (32, 8, 1), (16, 16, 1))
+SIXTEEN_ROWS = [
+    *(few(16, *sizes) for sizes in ((16, 8, 1), (16, 4, 2), (64, 4, 1), (64, 4, 1, 0), (32, 8, 1), (32, 4, 1), (64, 8, 1))),
+    several(16, 4, 1, direct=1), several(16, 4, 2, direct=1), several(16, 8, 2, direct=1), several(16, 8, 4),
+]  # fmt: skip
+SOME_ROWS = {
+    32: [several(32, 4, 2), several(32, 8, 2), several(32, 8, 4), several(32, 4, 1), several(32, 8, 1, 4)],
+    64: [several(64, 8, 1), several(64, 8, 2), several(64, 8, 4), several(64, 4, 2), several(64, 16, 2), several(64, 8, 2, 4),
+         tile(64, 128, 2, 2), *dense(32)],
+    256: [several(128, 8, 1), several(256, 8, 1), several(128, 8, 2), several(64, 16, 1), *dense(1, 32)],
+    1024: [several(128, 8, 1), several(256, 8, 1), *dense(1, 16, 32)],
+    4096: [several(256, 8, 1), *dense(1, 16, 32)],
+}  # fmt: skip
+APART = several(256, 8, 1) | {"APART": 1}
+GATED_ROWS = {
+    16: [*(few(16, *sizes) for sizes in ((16, 8, 1), (16, 4, 2), (32, 4, 1), (32, 8, 1), (16, 8, 1, 0))),
+         several(16, 4, 1, direct=1), several(16, 8, 1, direct=1), several(16, 8, 2, direct=1)],
+    64: [several(64, 8, 1), several(64, 4, 1), several(64, 8, 2), *dense(32)],
+    256: [several(128, 8, 1), several(64, 8, 1), APART, *dense(1, 32)],
+    1024: [several(128, 8, 1), APART, *dense(1, 16, 32)],
+    4096: dense(1, 16, 32),
+}  # fmt: skip
+
+
+def heads(rows: int, keys: int, programs: int = 0, warps: int = 4, stages: int = 2) -> Config:
+    made = {"BLOCK_S": rows, "BLOCK_T": keys, "num_warps": warps, "num_stages": stages}
+    return made | {"PROGRAMS": programs} if programs else made
+
+
+ATTENTION = {
+    1: [heads(16, t, p, w, s) for t, p, w, s in
+        ((64, 256, 4, 2), (64, 512, 4, 2), (64, 128, 4, 2), (32, 512, 2, 3), (128, 256, 4, 2), (64, 256, 4, 3))],
+    2048: [heads(64, 32, 0, 8), heads(64, 64), heads(128, 64, 0, 8), heads(128, 64, 0, 8, 3), heads(128, 128, 0, 8)],
+}  # fmt: skip
+"""By queries: decoding, whose keys are split, and a prompt, of heads of 128."""
+CACHES = {1: ((1, 545), (16, 545), (1, 8192)), 2048: ((1, 512), (1, 2048))}
+"""(sequences, keys) that they are timed at; one choice is for all."""
+
+
+def candidates(kernel: str, m: int, bits: int = 4) -> list[Config]:
+    """What is tried: a short list, since compiling takes longer than timing; for the widths between, the likeliest."""
+    whole = bits in WHOLE
     if kernel == "dequantize":
-        return [{"BLOCK_M": m, "BLOCK_C": c, "num_warps": 4, "num_stages": 1} for m, c in ((8, 16), (16, 8), (16, 16), (64, 2))]
-    if m <= 16:
-        found = [few(m, *sizes) for sizes in (FEW_ROWS[:6] if kernel == "gated" else FEW_ROWS)]
-        return found + (SIXTEEN_ROWS if m == 16 else [few(m, 16, 8, 4), *(ONE_ROW if m == 1 else [])])
+        tried = ((16, 16), (8, 16), (16, 8), (64, 2))[: 4 if whole else 2]
+        return [{"BLOCK_M": m, "BLOCK_C": c, "num_warps": 4, "num_stages": 1} for m, c in tried]
+    if m <= 8:
+        found = [few(m, *sizes) for sizes in FEW_ROWS[: 6 if kernel == "gated" else 8]]
+        found = found if whole else [few(m, *sizes) for sizes in ((16, 8, 2), (32, 4, 2), (16, 8, 2, 0), (16, 8, 4))]
+        return found + (ONE_ROW[: 3 if whole else 1] if m == 1 else [])
     if kernel == "gated":
-        return [tile(128, 64, 2, 1, 8), {"DENSE": 1}]
-    return {64: SOME_ROWS, 256: [tile(64, 128, 2, 2), *MANY_ROWS]}.get(m, MANY_ROWS)
+        return GATED_ROWS[m]
+    if m == 16:
+        return SIXTEEN_ROWS if whole else [SIXTEEN_ROWS[i] for i in (0, 1, 2, 7, 9)]
+    return SOME_ROWS[m] if whole else SOME_ROWS[m][:3]
 
 
 def points(widths: list[int]) -> Iterator[tuple[str, int, int]]:
     """(kernel, bits, M), the commonest first; `dequantize` before products that may use it."""
     for bits in widths:
-        yield from ((kernel, bits, m) for kernel in ("dequantize", "gemv", "matmul") for m in ROWS[kernel])
-    yield from (("gated", bits, m) for bits in widths for m in ROWS["gated"])
+        for kernel, rows in ROWS.items():
+            yield from ((kernel, bits, m) for m in rows if bits in WHOLE or m <= FEWER[kernel])
 
 
 def use(kernel: str, config: Config) -> None:
@@ -90,12 +147,50 @@ def product(kernel: str, x: Any, weight: Any) -> Any:
     return gated(x, weight, weight, "silu") if kernel == "gated" else linear(x, weight)
 
 
+def attending(m: int, batch: int, keys: int, copies: int = 1) -> Any:
+    """A call of attention on the i-th of some caches, and its arguments: Llama's 32 heads over 8 of 128."""
+    from lwcompile.backends.triton.kernels.attention import attention
+
+    q = torch.randn(batch, min(m, keys), 32, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    held = [torch.randn(2, batch, 8, keys, 128, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+    return lambda i: attention(q, held[i % copies][0], held[i % copies][1]), (q, *held[0])
+
+
+def attention_rules(right: dict[tuple[str, int, int], list[Config]], until: float) -> list[Config]:
+    """The default's rules of attention, with what is fastest for decoding and for prompts of heads of 128."""
+    from lwcompile.backends.triton.kernels.launch import table_of
+
+    found = list(table_of("default")["attention"])
+    for place, limits, m in ((0, {"m": 16}, 1), (2, {"n": 128}, 2048)):
+        total: dict[int, float] = {}
+        tried = right.get(("attention", 16, m), [])
+        for batch, keys in CACHES[m]:
+            copies = max(2, (96 << 20) // (batch * keys * 4096)) if m == 1 else 2
+            call, _ = attending(m, batch, keys, copies)
+            for i, config in enumerate(tried):
+                if time.monotonic() > until:
+                    return found
+                use("attention", config)
+                micro = time_of(call, copies, 3)
+                total[i] = total.get(i, 0.0) + math.log(micro)
+                print(f"attention of {min(m, keys)} queries, {batch} x {keys} keys: {micro:8.1f} us  {config}", flush=True)
+        if total:
+            found[place] = limits | tried[min(total, key=lambda i: total[i])]
+    return found
+
+
 def attempt(kernel: str, bits: int, m: int, config: Config) -> str:
     """Compile and run one candidate on a small weight: what is wrong with it, or ''. In a process of its own."""
+    from lwcompile.backends.triton.kernels.attention import attention_reference
     from lwcompile.backends.triton.kernels.linear import gated_reference, linear_reference
 
     try:
         use(kernel, config)
+        if kernel == "attention":
+            call, given = attending(m, 2, 77 if m == 1 else 300)
+            wanted = attention_reference(*(t.double() for t in given))
+            error = float((call(0) - wanted).abs().max() / wanted.abs().max())
+            return "" if error <= TOLERANCE[torch.bfloat16] else f"wrong by {error:.2g}"
         weight = weight_of(512, 2048, bits, GROUP, "cuda")
         x = torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16)
         found = product(kernel, x, weight).float()
@@ -105,9 +200,26 @@ def attempt(kernel: str, bits: int, m: int, config: Config) -> str:
             gated_reference(exact, weight, weight, "silu") if kernel == "gated" else linear_reference(exact, weight)
         )  # fmt: skip
         error = float((found - wanted).abs().max() / wanted.abs().max())
+        if "AHEAD" in config and kernel != "gated":
+            chained(kernel, bits, m, config)
     except Exception as problem:  # a candidate that does not run is a result
         return f"{type(problem).__name__}: {problem}"[:200]
     return "" if error <= TOLERANCE[torch.bfloat16] else f"wrong by {error:.2g}"
+
+
+def chained(kernel: str, bits: int, m: int, config: Config) -> None:
+    """Products of products: where one started early read what was not there yet, they are not the same. `RuntimeError` then."""
+    weight = weight_of(2048, 2048, bits, GROUP, "cuda")
+    x = torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16)
+    found = []
+    for way in ({name: value for name, value in config.items() if name != "AHEAD"}, config):
+        use(kernel, way)
+        y = x
+        for _ in range(12):
+            y = 2 * product(kernel, product(kernel, y, weight), weight)
+        found.append(y)
+    if not torch.equal(*found):
+        raise RuntimeError("started early, it computes something else")
 
 
 def quiet() -> None:
@@ -115,9 +227,10 @@ def quiet() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def attempts(widths: list[int], workers: int, until: float) -> dict[tuple[str, int, int], list[Config]]:
-    """The candidates that ran and were right, by point."""
-    jobs = [(*point, config) for point in points(widths) for config in candidates(point[0], point[2])]
+def attempts(widths: list[int], workers: int, until: float, hold: Path | None) -> dict[tuple[str, int, int], list[Config]]:
+    """The candidates that ran and were right, by point; returns no sooner than `hold` is there."""
+    jobs = [(*point, config) for point in points(widths) for config in candidates(point[0], point[2], point[1])]
+    jobs += [("attention", 16, m, config) for m, configs in ATTENTION.items() for config in configs]
     right: dict[tuple[str, int, int], list[Config]] = {}
     wrong = 0
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=quiet)
@@ -132,6 +245,8 @@ def attempts(widths: list[int], workers: int, until: float) -> dict[tuple[str, i
                 print(f"left out: {kernel}, {bits} bits, M = {m}, {config}: {problem}", flush=True)
             else:
                 right.setdefault((kernel, bits, m), []).append(config)
+    while hold is not None and not hold.exists() and time.monotonic() < until:
+        time.sleep(0.2)
     pool.shutdown(wait=False, cancel_futures=True)
     print(f"{len(jobs)} candidates: {wrong} left out, {len(waiting)} not reached", flush=True)
     return right
@@ -175,21 +290,49 @@ def rules(best: dict[tuple[str, int, int, int], Config], kernel: str) -> list[di
     return made if ends else [*made, *table_of("default")[kernel]]
 
 
+def start_early(until: float) -> bool:
+    """Whether norms that start early make a chain of norms and products faster; the same they must be."""
+    from lwcompile.backends.triton.kernels.linear import linear
+    from lwcompile.backends.triton.kernels.norm import Norm, normalize
+
+    weight = weight_of(4096, 4096, 4, GROUP, "cuda")
+    held = [weight, *(_copy(weight) for _ in range(11))]
+    norm = Norm("rms", torch.ones(4096, device="cuda", dtype=torch.bfloat16), None, 1e-5)
+    x = torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16)
+
+    def chain(_: int) -> torch.Tensor:
+        y = x
+        for each in held:
+            y = linear(normalize(y, norm), each)
+        return y
+
+    times, made = [], []
+    for early in (0, 1):
+        if time.monotonic() > until:
+            return False
+        use("norm", {"num_warps": 8, "num_stages": 1} | ({"AHEAD": 1} if early else {}))
+        times.append(time_of(chain, 3, 7) / len(held))
+        made.append(chain(0))
+    print(f"norm and 4096 x 4096 at one row: {times[0]:.2f} us, and {times[1]:.2f} us where norms start early", flush=True)
+    return times[1] < times[0] and torch.equal(*made)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=150, help="for all of it; what was found by then is written")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8, 3, 2], help="in order of importance")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8, 2, 3, 5, 6], help="in order of importance")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
     parser.add_argument("--rotate", type=int, default=96, help="megabytes of weights in rotation")
     parser.add_argument("--write", type=Path, help="the table; by default this GPU's, beside the default one")
+    parser.add_argument("--hold", type=Path, help="nothing is timed before this file is there: something else uses the GPU")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("there is no GPU here to tune for", file=sys.stderr)
         return 1
-    from lwcompile.backends.triton.kernels.launch import TABLES, kind_of
+    from lwcompile.backends.triton.kernels.launch import TABLES, kind_of, table_of
 
     started = time.monotonic()
-    right = attempts(given.bits, given.workers, started + 0.6 * given.seconds)
+    right = attempts(given.bits, given.workers, started + 0.6 * given.seconds, given.hold)
     best: dict[tuple[str, int, int, int], Config] = {}
     for (kernel, bits, m), (n, k) in itertools.product(points(given.bits), SHAPES):
         tried = right.get((kernel, bits, m))
@@ -202,7 +345,12 @@ def main(arguments: list[str] | None = None) -> int:
     device, versions = torch.cuda.get_device_name(), ", ".join(f"{name} {number}" for name, number in _versions().items())
     origin = f"benchmarks/gpu_tune.py on one {device}, {versions}, {datetime.date.today()}; groups of {GROUP}, bfloat16"
     path = given.write or TABLES / f"{kind_of(torch.device('cuda', torch.cuda.current_device()))}.json"
-    table = {"origin": origin, "kernels": {kernel: rules(best, kernel) for kernel in ROWS}}
+    kernels = {kernel: rules(best, kernel) for kernel in ROWS}
+    kernels["attention"] = attention_rules(right, started + given.seconds + 10)
+    if start_early(started + given.seconds):
+        for kernel in SMALL:
+            kernels[kernel] = [rule | {"AHEAD": 1} for rule in kernels.get(kernel) or table_of("default")[kernel]]
+    table = {"origin": origin, "kernels": kernels}
     path.write_text(json.dumps(table, indent=1).replace("\n    ", " ").replace("\n   }", "}") + "\n", encoding="utf-8")
     print(f"{len(best)} rules in {path}, {time.monotonic() - started:.0f} s", flush=True)
     return 0

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lwcompile.backends.triton.emit import Stored, write_source
+from lwcompile.backends.triton.kernels.launch import TABLES
 from lwcompile.decode import derive_decode
 from lwcompile.formats import NumericFormat, QuantizedTensor
 from lwcompile.graph import ModelGraph, OverlayStore, iterate_calls
@@ -126,15 +129,21 @@ class Ours:
     """What the Triton backend writes for the captured graph at some widths."""
 
     def __init__(
-        self, graph: ModelGraph, config: LlamaConfig, plan: str, group: int, folder: Path, device: str, dtype: torch.dtype
-    ) -> None:
+        self, graph: ModelGraph, config: LlamaConfig, plan: str, group: int, folder: Path, device: str, dtype: torch.dtype,
+        hold: Path | None = None,
+    ) -> None:  # fmt: skip
+        """hold: a file to wait for when the package is written; the tuning table is then the one that there is."""
         self.name, self.config, self.device, self.dtype = f"lwcompile {plan}", config, device, dtype
         bits = [int(width) for width in plan.split("/")]
         graph = graph.copy()
         pack(graph, bits[0], bits[-1], group)
         package = f"packed_{plan.replace('/', '_')}"
         program = Program({"forward": graph, "decode": derive_decode(graph, check=False)}, graph.store, "causal-lm", package)
-        stored = filled(write_source(program, folder / package), device)
+        source = write_source(program, folder / package)
+        while hold is not None and not hold.exists():
+            time.sleep(0.2)
+        shutil.copytree(TABLES, folder / package / "tuning", dirs_exist_ok=True)
+        stored = filled(source, device)
         self.model = importlib.import_module(package).load(device, dtype, stored)
         self.stored = sum(t.nbytes for t in stored.values())
         self.read = self.stored - sum(t.nbytes for name, t in stored.items() if name.startswith("model.embed_tokens"))

@@ -31,12 +31,14 @@ def fetch(array, first, count, size, BYTES: tl.constexpr, THREADS: tl.constexpr)
 
 
 @triton.jit
-def fetch_rows(words, scale, zero, row, rows, K, CHUNKS, BITS: tl.constexpr, GROUP: tl.constexpr, COUNT: tl.constexpr, THREADS: tl.constexpr):
+def fetch_rows(
+    words, scale, zero, row, rows, K, CHUNKS, BITS: tl.constexpr, GROUP: tl.constexpr, COUNT: tl.constexpr, THREADS: tl.constexpr
+):
     """Bring COUNT rows of a packed weight of `rows`, from `row` on, to the L2 cache."""
     groups = (K + GROUP - 1) // GROUP
     wide = row.to(tl.int64)
-    fetch(words, wide * (CHUNKS * BITS), COUNT * CHUNKS * BITS, rows.to(tl.int64) * (CHUNKS * BITS), 4, THREADS)
+    fetch(words, wide * (CHUNKS * BITS), COUNT * CHUNKS * BITS, tl.cast(rows, tl.int64) * (CHUNKS * BITS), 4, THREADS)
     SCALE: tl.constexpr = scale.dtype.element_ty.primitive_bitwidth // 8
-    fetch(scale, wide * groups, COUNT * groups, rows.to(tl.int64) * groups, SCALE, THREADS)
+    fetch(scale, wide * groups, COUNT * groups, tl.cast(rows, tl.int64) * groups, SCALE, THREADS)
     ZERO: tl.constexpr = zero.dtype.element_ty.primitive_bitwidth // 8
-    fetch(zero, wide * groups, COUNT * groups, rows.to(tl.int64) * groups, ZERO, THREADS)
+    fetch(zero, wide * groups, COUNT * groups, tl.cast(rows, tl.int64) * groups, ZERO, THREADS)

@@ -56,10 +56,12 @@ def fragment_grid(grid, row, rows, chunk, K, GROUP: tl.constexpr, Q: tl.constexp
 
 
 @triton.jit
-def fragment_grids(scale, zero, row, rows, chunk, K, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, Q: tl.constexpr):
+def fragment_grids(
+    scale, zero, row, rows, chunk, K, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, Q: tl.constexpr
+):
     """Scales and zero points."""
     factor = fragment_grid(scale, row, rows, chunk, K, GROUP, Q)
-    if ZERO != 0:
+    if ZERO != 0:  # noqa: SIM108  (the compiler drops the other branch, whose type differs)
         offset = fragment_grid(zero, row, rows, chunk, K, GROUP, Q)
     else:
         offset = (factor * 0).to(tl.int32) + (1 << (BITS - 1))
