@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("|---|" + "---|" * len(given.targets))
     for case in dict.fromkeys(row.case for row in rows):
         found = {row.target: row for row in rows if row.case == case}
-        cells = (f"{r.registers}, {r.spilled}, {r.shared / 1024:.1f}" for r in (found[t] for t in given.targets))
+        cells = (f"{r.registers}, {r.spilled}, {r.shared / 1024:.1f}" if r else "" for r in map(found.get, given.targets))
         print(f"| {case} | " + " | ".join(cells) + " |")
 
 
