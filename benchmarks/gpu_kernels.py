@@ -67,12 +67,16 @@ def weight_of(n: int, k: int, bits: int, group: int, device: str, seed: int = 0)
     return Packed(words, scale.half(), zero, bits, group, k)
 
 
-def check(weight: Any, m: int, dtype: torch.dtype) -> float:
-    """The error of a product relative to its largest value. `SystemExit` past what the dtype's rounding explains."""
+def check(weight: Any, m: int, dtype: torch.dtype, dense: Tensor | None = None) -> float:
+    """The error of a product relative to its largest value. `SystemExit` past what the dtype's rounding explains.
+
+    dense: the weight in float64, if it is there already.
+    """
     from lwcompile.backends.triton.kernels.linear import linear
 
-    x = torch.randn(m, weight.in_features, generator=torch.Generator().manual_seed(m)).to(weight.words.device, dtype)
-    wanted = x.double() @ weight.dequantize().double().T
+    device = weight.words.device
+    x = torch.randn(m, weight.in_features, generator=torch.Generator(device).manual_seed(m), device=device).to(dtype)
+    wanted = x.double() @ (weight.dequantize().double() if dense is None else dense).T
     error = float((linear(x, weight).double() - wanted).abs().max() / wanted.abs().max())
     if not error <= TOLERANCE[dtype]:
         raise SystemExit(
@@ -153,8 +157,9 @@ class Bench:
         nbytes = packed_bytes(NumericFormat(bits, self.group), (self.n, self.k))
         first = weight_of(self.n, self.k, bits, self.group, "cuda")
         held = [first, *(_copy(first) for _ in range(self.copies(nbytes) - 1))]
+        dense = first.dequantize().double()
         for m, x in inputs.items():
-            check(first, m, torch.bfloat16)
+            check(first, m, torch.bfloat16, dense)
             yield self.timing(OURS, bits, m, lambda i: linear(x, held[i % len(held)]), nbytes)  # noqa: B023
 
     def torch_int4(self, inputs: dict[int, Tensor]) -> Iterator[Timing]:
@@ -264,9 +269,11 @@ def main(arguments: list[str] | None = None) -> int:
             share = f"{made.speedup:.2f} x {CUBLAS}" if made.speedup else ""
             speed = f"{made.microseconds:9.1f} us  {made.bandwidth:5.1%} of a copy  {share}"
             print(f"{made.what:12} {made.bits:2} bits  M {made.m:5}  N, K {made.n} {made.k}  {speed}", flush=True)
+            if given.write is not None:  # after each: what is known by then outlives what comes
+                given.write.write_text(json.dumps(result, indent=1), encoding="utf-8")
         result["missing"] |= bench.missing
-        if given.write is not None:  # after each: what is known by then outlives what comes
-            given.write.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    if given.write is not None:
+        given.write.write_text(json.dumps(result, indent=1), encoding="utf-8")
     return 0
 
 

@@ -228,11 +228,11 @@ def measure(given: argparse.Namespace, folder: Path, device: str) -> dict[str, A
         **SHAPE, num_hidden_layers=given.layers, max_position_embeddings=8192, rms_norm_eps=1e-5, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )  # fmt: skip
-    bench, bandwidth = Bench(given.rounds), copy_bandwidth()
+    bench = Bench(given.rounds)
     names = ("torch", "triton", "transformers", "lwcompile")
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "device": torch.cuda.get_device_name(), "layers": given.layers,
-        "versions": {name: importlib.metadata.version(name) for name in names}, "copy_bytes_per_second": bandwidth,
+        "versions": {name: importlib.metadata.version(name) for name in names},
         "group": given.group, "timings": [], "missing": bench.missing,
     }  # fmt: skip
     with bench.noted("dense model in bf16"):
@@ -253,6 +253,7 @@ def measure(given: argparse.Namespace, folder: Path, device: str) -> dict[str, A
         for plan in given.bits:
             with bench.noted(f"lwcompile {plan}"):
                 bench.ours.append(Ours(graph, config, plan, given.group, folder, device, torch.bfloat16, given.hold))
+    bandwidth = result["copy_bytes_per_second"] = copy_bandwidth()
     for step in steps:
         timings = bench.generation(step, given.new, bandwidth) if step.kind == "generate" else bench.run(step, bandwidth)
         for made in timings:

@@ -11,11 +11,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from lwcompile.backends.triton.kernels.launch import INTERPRETED
+
+REAL = tl.constexpr(not INTERPRETED)
+"""Whether there is anything to start before something else: the interpreter runs one program after the other."""
+
 
 @triton.jit
 def follow(AHEAD: tl.constexpr):
     """Wait for the kernels before, and let the one behind start."""
-    if AHEAD != 0:
+    if REAL and AHEAD != 0:
         gdc_launch_dependents()
         gdc_wait()
 
@@ -27,7 +32,8 @@ def fetch(array, first, count, size, BYTES: tl.constexpr, THREADS: tl.constexpr)
     for start in range(0, count, THREADS * LINE):
         at = tl.minimum(first + start + tl.arange(0, THREADS) * LINE, size - 1)
         where = (array + at).to(tl.int64)
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [where], tl.int32, False, 1)
+        if REAL:
+            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [where], tl.int32, False, 1)
 
 
 @triton.jit
