@@ -241,7 +241,7 @@ def measure(given: argparse.Namespace, folder: Path, device: str) -> dict[str, A
     decode = [Step("decode", batch, given.context) for batch in given.batches]
     generation = [Step("generate", batch, given.context) for batch in given.batches if given.new]
     prefill = [Step("prefill", 1, tokens) for tokens in given.prefill]
-    steps = [*prefill[:1], *decode, *generation, *prefill[1:]]
+    steps = [*decode, *prefill[:1], *generation, *prefill[1:]]
     if given.hold is not None and bench.peer is not None:
         for step in decode + prefill:
             with bench.noted(f"{step.kind}, batch {step.batch}, {step.tokens} tokens: {PEER}, compiling"):

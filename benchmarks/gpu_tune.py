@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -224,33 +224,71 @@ def chained(kernel: str, bits: int, m: int, config: Config) -> None:
         raise RuntimeError("started early, it computes something else")
 
 
-def quiet() -> None:
-    """The compiler prints whole programs where it fails; what failed is said in a line."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+def worker(pipe: Connection) -> None:
+    """Attempt what comes, and answer with what is wrong; the last answer is that of a candidate that took the GPU's context with it."""
+    os.dup2(
+        os.open(os.devnull, os.O_WRONLY), 2
+    )  # the compiler prints whole programs where it fails; what failed is said in a line
+    healthy = True
+    while healthy:
+        problem = attempt(*pipe.recv())
+        try:
+            torch.zeros(1, device="cuda").item()
+        except Exception:
+            healthy = False
+        pipe.send((problem, healthy))
+
+
+def hired() -> tuple[Connection, Any]:
+    """A worker's pipe, and its process."""
+    context = multiprocessing.get_context("spawn")
+    mine, other = context.Pipe()
+    process = context.Process(target=worker, args=(other,), daemon=True)
+    process.start()
+    other.close()
+    return mine, process
 
 
 def attempts(widths: list[int], workers: int, until: float, hold: Path | None) -> dict[tuple[str, int, int], list[Config]]:
     """The candidates that ran and were right, by point; returns no sooner than `hold` is there."""
-    jobs = [(*point, config) for point in points(widths) for config in candidates(point[0], point[2], point[1])]
-    jobs += [("attention", 16, m, config) for m, configs in ATTENTION.items() for config in configs]
+    jobs: list[tuple[str, int, int, Config]] = [
+        ("attention", 16, m, config) for m, tried in ATTENTION.items() for config in tried
+    ]
+    jobs += [(*point, config) for point in points(widths) for config in candidates(point[0], point[2], point[1])]
     right: dict[tuple[str, int, int], list[Config]] = {}
-    wrong = 0
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=quiet)
-    running = {pool.submit(attempt, *job): job for job in jobs}
-    waiting = set(running)
-    while waiting and time.monotonic() < until:
-        done, waiting = wait(waiting, timeout=max(0.0, until - time.monotonic()), return_when=FIRST_COMPLETED)
-        for future in done:
-            kernel, bits, m, config = running[future]
-            if problem := str(future.exception() or future.result()):
-                wrong += 1
+    done = 0
+    team = dict(hired() for _ in range(workers))
+    todo, busy = iter(jobs), {}
+    for pipe in [*team]:
+        if (job := next(todo, None)) is not None:
+            pipe.send(job)
+            busy[pipe] = job
+    while busy and time.monotonic() < until:
+        answered: list[Any] = wait([*busy], timeout=max(0.0, until - time.monotonic()))
+        for pipe in answered:
+            kernel, bits, m, config = busy.pop(pipe)
+            try:
+                problem, healthy = pipe.recv()
+            except EOFError:
+                problem, healthy = "its process ended", False
+            done += 1
+            if problem:
                 print(f"left out: {kernel}, {bits} bits, M = {m}, {config}: {problem}", flush=True)
             else:
                 right.setdefault((kernel, bits, m), []).append(config)
+            if not healthy:
+                team.pop(pipe).kill()
+                pipe, process = hired()
+                team[pipe] = process
+            if (job := next(todo, None)) is not None:
+                pipe.send(job)
+                busy[pipe] = job
     while hold is not None and not hold.exists() and time.monotonic() < until:
         time.sleep(0.2)
-    pool.shutdown(wait=False, cancel_futures=True)
-    print(f"{len(jobs)} candidates: {wrong} left out, {len(waiting)} not reached", flush=True)
+    for process in team.values():
+        process.kill()
+    found = sum(map(len, right.values()))
+    print(f"{len(jobs)} candidates: {done - found} left out, {len(jobs) - done} not reached", flush=True)
     return right
 
 
@@ -271,6 +309,8 @@ def fastest(kernel: str, bits: int, m: int, n: int, k: int, tried: list[Config],
         found.append((micro, config))
     if not found:
         return {}, 0.0
+    said = "; ".join(f"{micro:.1f} us {' '.join(map(str, config.values()))}" for micro, config in found)
+    print(f"  tried {kernel}, {bits} bits, {m} x {n} x {k}: {said}", flush=True)
     micro, best = min(found, key=lambda pair: pair[0])
     use(kernel, best)
     return best, micro

@@ -204,6 +204,7 @@ class Peer:
         self.name, self.config, self.device, self.dtype = PEER, config, device, dtype
         self.model = llama(config, lambda shape: torch.empty(shape, dtype=dtype, device=device), device)
         self.stored = sum(p.nbytes for p in self.model.parameters())
+        self.filled: Ours | None = None
         self.read = self.stored - self.model.model.embed_tokens.weight.nbytes
         self.run, self.start, self.block, self.end = self._run, self._start, self._block, self._end
 
@@ -216,7 +217,10 @@ class Peer:
 
     @torch.no_grad()
     def fill(self, other: Ours) -> None:
-        """Take the values of the other's weights, in place."""
+        """Take the values of the other's weights, in place, unless it has them."""
+        if self.filled is other:
+            return
+        self.filled = other
         own = dict(self.model.named_parameters())
         for names, weight in other.dense():
             parts = [own[name] for name in names.split(" + ") if name in own]

@@ -1,5 +1,6 @@
 """Rows of a packed table: y = w[ids], only the looked-up rows unpacked; or a part of the table, or all of it."""
 
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 import torch

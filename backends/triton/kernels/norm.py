@@ -5,6 +5,7 @@ add_normalize   s = x + branch; (s, norm(s)): the stream is written once and not
 arranged        norm(x), or x, with its columns in the order that `several` multiplies them in
 """
 
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
 """Rotary positions: y = x * cos + cat(-x2, x1) * sin, with x1 and x2 the halves of the head width."""
 
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 import torch
