@@ -222,8 +222,8 @@ def _run(
     other = first if second is None else second
     constants = {**_format(first), **_format(other, "2"), **ends}
     config = config_for("gated" if second is not None else "gemv" if m == 1 else "matmul", x.device, m, n, k, first.bits)
-    if "WARPS" in config and x.is_cuda and x.element_size() > 2:  # those tensor cores take halves
-        config = {"DENSE": 1}
+    if "WARPS" in config and x.is_cuda and (x.element_size() > 2 or first.group % 32 or other.group % 32):
+        config = {"DENSE": 1}  # those tensor cores take halves, and registers hold no scale for each weight
     if "STAGES" in config:
         gain, shift, eps, kind = (norm.gain, norm.shift, norm.eps, NORMS[norm.kind]) if norm is not None else (None, None, 0.0, 0)
         args = (flat, *first.pointers, *other.pointers, *_or(x, bias, residual, gain, shift), y, n, k, first.chunks, eps)
