@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -116,7 +118,21 @@ def test_what_a_key_cannot_say_is_not_kept(graphs, monkeypatch):
 
 
 def test_the_backend_is_found_by_name_alone():
-    assert "layerwise" in torch._dynamo.list_backends(exclude_tags=())
+    code = (
+        "import sys, torch\n"
+        "assert not any(m.startswith('lwcompile') for m in sys.modules)\n"
+        "with torch.no_grad():\n"
+        "    torch.compile(torch.nn.Linear(4, 4), backend='layerwise', options={'codegen': 'eager'})(torch.ones(1, 4))\n"
+        "assert 'lwcompile.backends.dynamo.backend' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_who_runs_each_operator_is_said(caplog):
+    with caplog.at_level(logging.INFO, "lwcompile"):
+        logits(compiled(llama(layers=1)), ids(1, 5))
+    said = [line for line in caplog.messages if line.startswith("torch.compile, eager: ")]
+    assert "torch.compile, eager: 8 aten.linear: torch, one by one" in said and len(said) > 5
 
 
 def test_sizes_change_without_a_storm(graphs):
@@ -216,6 +232,15 @@ def test_a_changed_weight_is_noticed(change, graphs, caplog):
     assert relative_error(after, logits(c, x)) == 0
     torch._dynamo.reset()
     assert relative_error(after, logits(c, x)) < 1e-5 and graphs[-1].unfrozen is None
+
+
+def test_a_write_that_torch_does_not_count_is_read_in_place(graphs):
+    model, x = fresh_llama(layers=2), ids(2, 9)
+    c = compiled(model)
+    before = logits(c, x)
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(2)
+    after = logits(c, x)
+    assert relative_error(logits(model, x), after) < 1e-5 < relative_error(before, after) and graphs[-1].unfrozen is None
 
 
 # --- what is not for us

@@ -153,6 +153,20 @@ def test_a_packed_language_model_decodes_as_its_graph_does(tmp_path: Path):
     assert torch.equal(made, generate(GraphStep(decode), ids, max_new_tokens=6))
 
 
+@runs
+def test_a_large_weight_is_unpacked_when_the_file_is_loaded(tmp_path: Path):
+    """IREE by itself leaves in the function what grows by more than a megabyte."""
+    from iree.compiler import tools
+
+    table = nn.Embedding(3000, 256)
+    graph = capture_module(table, {"input": torch.randint(0, 99, (2, 16))}, {})[0]
+    pack(graph, [NumericFormat(4, 64)])
+    Mlir().lower(program(graph), tmp_path / "model.mlir", None)
+    stage = [*backend_module.IREE_FLAGS, "--iree-llvmcpu-target-cpu=generic", "--compile-to=dispatch-creation"]
+    made = tools.compile_file(str(tmp_path / "model.mlir"), extra_args=stage).decode(errors="replace")
+    assert "util.global private @__hoisted_tensor_3000x4x64xf32" in made
+
+
 def encoder(family: str) -> tuple[nn.Module, dict[str, Tensor], dict]:
     import transformers
 

@@ -15,7 +15,9 @@ dynamo's trace. At level INFO the logger `lwcompile` says who runs each operator
 
 What is not for us (training, autocast, other devices, parts of a model that a plan cannot be found in) is compiled by Inductor as
 it stands, and a warning says so once. Weights are part of the code: one that is replaced or written in place afterwards is
-noticed at the next call, which then compiles the graph with its weights as inputs; under a plan, it raises.
+noticed at the next call, which then compiles the graph with its weights as inputs; under a plan, it raises. Noticed is what torch
+counts: a write through `.data` or NumPy is seen where the code reads the weight in place, which without options is nearly everywhere,
+and missed where something was computed from it or packed.
 """
 
 from __future__ import annotations

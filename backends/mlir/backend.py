@@ -48,6 +48,7 @@ IREE_FLAGS = (
     "--iree-hal-target-device=local",
     "--iree-hal-local-target-device-backends=llvm-cpu",
     "--iree-opt-const-eval=false",  # else the file would hold packed weights unpacked
+    f"--iree-opt-const-expr-max-size-increase-threshold={1 << 40}",  # else what grows by a megabyte is unpacked at every call
 )
 TILED = "--iree-opt-data-tiling"
 """Weights laid out for the processor's registers. Tried first: of some shapes with free lengths IREE 3.13 makes invalid code then."""
