@@ -296,6 +296,14 @@ def test_options_are_checked(options, words):
         logits(torch.compile(llama(layers=2), backend="layerwise", options=options), ids(2, 9))
 
 
+def test_triton_without_a_gpu_says_what_to_set(monkeypatch):
+    pytest.importorskip("triton", reason="the extra is not installed")
+    monkeypatch.setattr("lwcompile.backends.triton.codegen.device", lambda: "cpu")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(Exception, match="the codegen triton cannot be used: there is no GPU; set TRITON_INTERPRET=1"):
+        logits(compiled(llama(layers=1), codegen="triton"), ids(1, 5))
+
+
 # --- generating
 
 

@@ -17,7 +17,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,12 +168,40 @@ def interpreted(given: Subject, folder: Path) -> tuple[Tensor, None]:
     return made["logits"], None
 
 
+INTERPRETED = """
+import sys, torch
+folder = sys.argv[1]
+model, tokens = torch.load(f"{folder}/model.pt", weights_only=False)
+with torch.no_grad():
+    options = {"plan": f"{folder}/plan.yaml", "codegen": "triton"}
+    logits = torch.compile(model, backend="layerwise", options=options)(tokens, use_cache=False).logits
+torch.save(logits, f"{folder}/logits.pt")
+"""
+
+
+def compiled_by_triton(given: Subject, folder: Path) -> tuple[Tensor, None]:
+    """The same kernels behind torch.compile; Triton is told to interpret before its process begins."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    torch.save((given.model, given.tokens), folder / "model.pt")
+    given.plan.save(folder / "plan.yaml")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.load(folder / "logits.pt"), None
+
+
 EXECUTORS: dict[str, Callable[[Subject, Path], tuple[Tensor, Tensor | None]]] = {
     "eager": eager,
     "torch.compile": compiled,
     "onnxruntime": lowered("onnx{activations=float32}", "model.onnx", "onnxruntime"),
     "iree": lowered("mlir", "model.vmfb", "torch_mlir", "iree.compiler", "iree.runtime"),
     "triton": interpreted,
+    "torch.compile by triton": compiled_by_triton,
 }
 CASES = [*(("small_llama", name) for name in EXECUTORS), ("smollm2", "eager"), ("smollm2", "onnxruntime")]
 

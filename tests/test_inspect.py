@@ -206,6 +206,7 @@ def test_inspect_says_who_runs_every_call(monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "capture", lambda source: small)
     assert cli.run(["inspect", "m", "--executors", "--json", "--full"]) == 0
     rows = json.loads(capsys.readouterr().out)
+    assert len({tuple(r.values()) for r in rows}) == len(rows)
     calls = {n.name for n in small.main.graph.nodes if n.op == "call_function"}
     by = {name: {r["operator"]: r["who"] for r in rows if r["by"] == name} for name in {r["by"] for r in rows}}
     assert all(set(who) == calls for who in by.values()) and {"triton", "inductor", "eager", "mlir"} <= by.keys(), by

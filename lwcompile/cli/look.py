@@ -100,6 +100,7 @@ def show_executors(program: Program, full: bool, json: bool) -> None:
                     continue
                 lines = [f"{name}: {words}" for name, words in who.items()] if full else who_runs(graph, who)
                 rows += [(plugin.name, entry, *line.split(": ", 1)) for line in lines]  # type: ignore[misc]
+    rows = list(dict.fromkeys(rows))  # a codegen that runs a graph as the backend of its name does
     if json:
         return show_json([dict(zip(("by", "entry", "operator", "who"), row)) for row in rows])
     drawn = Table(box=None, header_style="dim", pad_edge=False)
