@@ -161,11 +161,12 @@ class ModelGraph:
         return fx.GraphModule(root, nodes)  # type: ignore[arg-type]
 
     def folded(self) -> ModelGraph:
-        """A copy in which calls that unpack stored weights are replaced by their results."""
+        """A copy in which calls that unpack stored weights, and give them another type, are replaced by their results."""
         folded = self.copy()
         folded.store = OverlayStore(self.store)
+        made: set[fx.Node] = set()
         for node in folded.nodes:
-            if not self._unpacks(node):
+            if not (self._unpacks(node) or (node.target is torch.ops.aten._to_copy.default and node.args[0] in made)):
                 continue
             values = fx.map_arg((node.args, node.kwargs), lambda n: folded.tensor(str(n.target)))
             name = folded.fresh_name(f"{node.all_input_nodes[0].target}.dense")
@@ -174,6 +175,7 @@ class ModelGraph:
             folded.tensors[name] = folded.store.hold(node.target(*values[0], **values[1]))  # type: ignore[attr-defined,operator]
             constant.meta.update(node.meta)
             node.replace_all_uses_with(constant)
+            made.add(constant)
         folded.prune()
         return folded
 

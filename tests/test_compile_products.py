@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -34,13 +35,14 @@ from lwcompile.errors import VerificationError
 from lwcompile.formats import NumericFormat, QuantizedTensor
 from lwcompile.graph import Input, ModelGraph
 from lwcompile.manager import relative_error
+from lwcompile.plans import Plan
 from lwcompile.spec import Spec
 from lwcompile.store import ParameterStore
 from lwcompile.structure import find_structure
 from lwcompile.timings import DeviceTable
 
 pytest.importorskip("transformers", reason="the model is transformers' own: install lwcompile[hf]")
-from tiny import VOCABULARY, ids, llama_program
+from tiny import VOCABULARY, ids, llama, llama_program
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the operators are C++")
 
@@ -375,6 +377,36 @@ def run_graph(graph: ModelGraph, x: Tensor) -> Tensor:
         return graph.module(dense=True)(x)[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_in_16_bits_is_rounded_once(dtype):
+    weight, x = Panels.of(weight_of(4, SHAPES[1], "integer")), random(3, 128).to(dtype)
+    assert torch.equal(weight.multiply(x), weight.multiply(x.float()).to(dtype))
+
+
+def test_a_model_in_bf16_reads_packed_weights(monkeypatch):
+    seen: list[ModelGraph] = []
+    rewritten = backend._rewritten
+    monkeypatch.setattr(backend, "_rewritten", lambda *given: seen.append(rewritten(*given)) or seen[-1])
+    model: Any = copy.deepcopy(llama(layers=1)).bfloat16()
+    sites = find_structure(llama_program(layers=1)).sites.values()
+    plan = Plan(
+        {s.id: (Spec.parse("quantize{bits=4,group_size=16,solver=rtn}"),) for s in sites if s.kind in ("linear", "embedding")}
+    )
+    torch._dynamo.reset()
+    with torch.no_grad():
+        wanted = torch.compile(model, backend="layerwise", options={"plan": plan, "codegen": "eager"})(ids(2, 9), use_cache=False)
+        (graph,) = seen
+        graph.propagate()
+        small = Inductor(products="packed")._lowered(graph)
+        (made,) = in_place(small, {})(ids(2, 9))
+    assert made.dtype is torch.bfloat16 and relative_error(wanted.logits, made) < backend.HALF_TOLERANCE
+    assert not any(n.target is torch.ops.lwcompile.dequantize.default for n in small.graph.nodes)
+    said = Inductor(products="packed").executors(graph)
+    assert sum("packed" in who for who in said.values()) == 9 and not any("made dense" in who for who in said.values())
+    casts = graph.folded().graph.find_nodes(op="call_function", target=torch.ops.aten._to_copy.default)
+    assert not any(n.args[0].op == "get_attr" for n in casts), "weights are cast when compiled, not at each call"
+
+
 def test_a_tied_weight_is_packed_once_and_graphs_share_it(quantized):
     graph, codegen = fixed(quantized), Inductor(products="packed")
     first, second = codegen._lowered(graph), codegen._lowered(graph)
@@ -421,9 +453,11 @@ def test_what_int8_does_to_a_graph_is_checked_and_said_at_its_first_call(caplog)
     checked = Checked(lambda x: [wanted * 1.05], graph, 0)
     with caplog.at_level(logging.WARNING, "lwcompile"):
         assert checked([x])[0] is not wanted and checked.unchecked is None
-    assert "activations in int8 move y by up to 5.0e-02 of the largest value" in caplog.text
-    with pytest.raises(VerificationError, match=r"with activations in int8, y is 2.0e-01 of the largest value away"):
+    assert "activations in int8 move y by 5.0e-02 of its root mean square" in caplog.text
+    with pytest.raises(VerificationError, match=r"with activations in int8, y is 2.0e-01 of its root mean square away"):
         Checked(lambda x: [wanted * 1.2], graph, 0)([x])
+    with pytest.raises(VerificationError, match="y is inf"):
+        Checked(lambda x: [torch.where(wanted > 0, wanted, torch.nan)], graph, 0)([x])
 
 
 def test_auto_takes_the_fastest_that_measures(monkeypatch):

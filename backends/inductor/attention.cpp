@@ -119,7 +119,7 @@ void attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, co
   const Rows query(q), key(k), value(v);
   const int64_t heads = q.size(1), queries = q.size(2), groups = k.size(1), keys = k.size(2), shared = heads / groups;
   float* made = out.mutable_data_ptr<float>();
-  at::parallel_for(0, q.size(0) * groups * queries, std::max<int64_t>(1, (1 << 15) / (keys * V)), [&](int64_t first, int64_t last) {
+  at::parallel_for(0, q.size(0) * groups * queries, worth_a_thread(0.5 * keys * V * shared), [&](int64_t first, int64_t last) {
     std::vector<float> scores(shared * (keys + LANES));
     for (int64_t i = first; i < last; i++) {
       const int64_t s = i % queries, g = i / queries % groups, b = i / queries / groups;

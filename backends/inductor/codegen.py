@@ -75,7 +75,11 @@ class Inductor(Codegen):
         tensors, fakes = _lift(module), list(examples)
         mode = torch._guards.detect_fake_mode(fakes)
         fakes = [*(t if mode is None else mode.from_tensor(t, static_shapes=True) for t in tensors), *fakes]
-        settings = {} if graph.level() == "captured" else {"size_asserts": False}  # a check for each part of each packed weight
+        settings: dict[str, Any] = {}
+        if (
+            graph.level() != "captured"
+        ):  # no check for each part of each packed weight, and no threads woken for a row's few numbers
+            settings = {"size_asserts": False, "cpp.min_chunk_size": 1 << 14}
         with torch.no_grad(), torch._functorch.config.patch(bundled_autograd_cache=True), _tracing(mode):
             compiled: Any = compile_fx(module, fakes, config_patches=settings)
         if self.activations == "int8" and graph.level() == "quantized":

@@ -180,7 +180,7 @@ void few_int8(const Weight& w, int64_t panel, int first, const Rounded& x, int64
 template <int BITS>
 void rows_int8(const Weight& w, const float* x, int64_t rows, const float* bias, float* out) {
   const Rounded given = round_rows<BITS>(x, rows, w);
-  const int64_t grain = std::max<int64_t>(1, (1 << 17) / (PANEL * w.columns));
+  const int64_t grain = worth_a_thread(0.02 * PANEL * w.columns * rows);
   at::parallel_for(0, w.panels(), grain, [&](int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; panel++)
       for (int64_t row = 0; row < rows; row += 4) {

@@ -45,7 +45,8 @@ def _lower(graph: ModelGraph, product: Product, calls: Sequence[fx.Node], way: W
         stored = (parts["codes"], parts["scale"], parts.get("zero"))
         if product.looks_up:
             args = (calls[0].args[1], *stored, panels.bits, panels.group_size, *panels.shape)
-            outs = [graph.graph.call_function(torch.ops.lwcompile.packed_embedding.default, args)]
+            found = graph.graph.call_function(torch.ops.lwcompile.packed_embedding.default, args)
+            outs = [found if product.dtype is torch.float32 else _cast(graph, found, product.dtype)]
         else:
             args = (
                 calls[0].args[0],
@@ -63,6 +64,10 @@ def _lower(graph: ModelGraph, product: Product, calls: Sequence[fx.Node], way: W
         out.meta.update(call.meta)
         call.replace_all_uses_with(out)
         graph.graph.erase_node(call)
+
+
+def _cast(graph: ModelGraph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return graph.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
 
 
 def _slices(graph: ModelGraph, whole: fx.Node, product: Product) -> list[fx.Node]:

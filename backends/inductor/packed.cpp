@@ -178,7 +178,7 @@ void few_step(const Weight& w, int64_t panel, const float* x, const float* sums,
 
 template <int BITS>
 void few_rows(const Weight& w, const float* x, int64_t rows, const float* bias, float* out) {
-  const int64_t length = w.groups * w.held * Word<BITS>::codes, grain = std::max<int64_t>(1, (1 << 16) / (PANEL * w.columns));
+  const int64_t length = w.groups * w.held * Word<BITS>::codes, grain = worth_a_thread(0.04 * PANEL * w.columns * rows);
   std::vector<float> given(rows * length), sums(rows * w.groups);
   arrange<BITS>(x, rows, w, given.data(), sums.data());
   at::parallel_for(0, w.panels(), grain, [&](int64_t first, int64_t last) {

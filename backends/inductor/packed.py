@@ -4,7 +4,8 @@ before: codes as they are stored, row by row in exactly their bits
 after:  panels of 32 rows in words of 32 bits (`panels.h`): 2, 4 and 8 bits take no more room, 3, 5, 6 and 7 about a tenth more
 
 Every width, group size and kind of zero point is taken. Sums are float32, whatever the type of x, and nothing is rounded: a product
-differs from the dequantized one as float32 sums do that are added in another order. With `int8`, x is rounded to 127 steps in each block, and nothing else.
+differs from the dequantized one as float32 sums do that are added in another order. With `int8`, x is rounded to 127 steps in each
+block, and nothing else.
 """
 
 from __future__ import annotations

@@ -30,6 +30,9 @@ log = logging.getLogger("lwcompile")
 
 Wanted = Literal["measured", "packed", "dense"]
 
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of activations; sums are in float32."""
+
 
 @dataclass(frozen=True)
 class Product:
@@ -48,21 +51,27 @@ class Product:
         return self.weights[0].format
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of what goes in and comes out."""
+        return self.calls[0].meta["val"].dtype
+
+    @property
     def shape(self) -> tuple[int, int]:
         """[N, K] of the weights, one under the other."""
         return sum(weight.shape[0] for weight in self.weights), self.weights[0].shape[1]
 
 
 def products(graph: ModelGraph) -> list[Product]:
-    """The float32 products and look-ups of packed weights; `graph` is propagated."""
+    """The products and look-ups of packed weights; `graph` is propagated."""
     found: dict[tuple[object, ...], list[tuple[fx.Node, PackedWeight]]] = defaultdict(list)
     for node in graph.graph.nodes:
         if (weight := packed_weight(graph, node)) is not None:
-            for call in node.users:
-                if call.target is aten.embedding.default and call.args[0] is node:
-                    found[(call,)].append((call, weight))
-                elif call.target is aten.linear.default and call.args[1] is node and _is_float32(call.args[0]):
-                    found[_company(call, weight)].append((call, weight))
+            for read in _reads(node):
+                for call in read.users:
+                    if call.target is aten.embedding.default and call.args[0] is read:
+                        found[(call,)].append((call, weight))
+                    elif call.target is aten.linear.default and call.args[1] is read and call.meta["val"].dtype in TYPES:
+                        found[_company(call, weight)].append((call, weight))
     free = any(i.dynamic for i in graph.inputs)
     made = []
     for company in _apart(graph, list(found.values())):
@@ -73,8 +82,9 @@ def products(graph: ModelGraph) -> list[Product]:
     return made
 
 
-def _is_float32(x: object) -> bool:
-    return isinstance(x, fx.Node) and x.meta["val"].dtype is torch.float32
+def _reads(weight: fx.Node) -> list[fx.Node]:
+    """A dequantized weight, and itself in other types."""
+    return [weight, *(node for node in weight.users if node.target is aten._to_copy.default)]
 
 
 def bias_of(call: fx.Node) -> fx.Node | None:
@@ -118,7 +128,7 @@ def _chosen(product: Product, wanted: Wanted, int8: bool, table: DeviceTable) ->
         return Choice(IN_PLACE)
     if wanted == "packed":
         return Choice(BY_ROWS)
-    return ways.choose(product.format, product.shape, product.rows, int8, table)
+    return ways.choose(product.format, product.shape, product.rows, int8, table, product.dtype)
 
 
 def executors(graph: ModelGraph, chosen: list[tuple[Product, Choice]]) -> dict[str, str]:
@@ -126,8 +136,10 @@ def executors(graph: ModelGraph, chosen: list[tuple[Product, Choice]]) -> dict[s
     said = {call.name: _words(product, choice) for product, choice in chosen for call in product.calls}
     packed_calls = {call for product, choice in chosen if choice.way != DENSE for call in product.calls}
     for node in graph.graph.nodes:
-        if packed_weight(graph, node) is not None and packed_calls.issuperset(node.users):
-            said[node.name] = "nobody: what reads the weight takes its codes"
+        if packed_weight(graph, node) is not None:
+            reads = _reads(node)
+            if all(packed_calls.issuperset({*read.users} - {*reads}) for read in reads):
+                said |= dict.fromkeys((read.name for read in reads), "nobody: what reads the weight takes its codes")
     return said
 
 

@@ -1,6 +1,10 @@
 // Vectors of 8 lanes, as compilers have them on any processor. VECTORS_OF_INTEL: with AVX2's own instructions, unless PLAIN is defined.
 #pragma once
 
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 
@@ -44,6 +48,24 @@ inline float total(floats x) {
   x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
   x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
   return x[0] + x[1];
+}
+
+// How many steps of `nanoseconds` one thread takes while the others wake, by the median of some tries: fewer are not worth a thread.
+inline int64_t worth_a_thread(double nanoseconds) {
+  static thread_local int threads = 0;
+  static thread_local double waking = 0;
+  if (threads != at::get_num_threads()) {
+    threads = at::get_num_threads();
+    double took[21];
+    for (double& each : took) {
+      const auto begin = std::chrono::steady_clock::now();
+      at::parallel_for(0, threads, 1, [](int64_t, int64_t) {});
+      each = std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - begin).count();
+    }
+    std::nth_element(took, took + 10, took + 21);
+    waking = took[10];
+  }
+  return 1 + static_cast<int64_t>(waking / nanoseconds);
 }
 
 }  // namespace

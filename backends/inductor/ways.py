@@ -67,15 +67,25 @@ class Choice:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def choose(format: NumericFormat, shape: tuple[int, int], rows: int | None, int8: bool, table: DeviceTable) -> Choice:
-    """The fastest way for `rows` of x, or for any number of them, by a weight [N, K] of this format; dense if that is worth it."""
+def choose(
+    format: NumericFormat,
+    shape: tuple[int, int],
+    rows: int | None,
+    int8: bool,
+    table: DeviceTable,
+    dtype: torch.dtype = torch.float32,
+) -> Choice:
+    """The fastest way for `rows` of x, or for any number of them, by a weight [N, K] of this format; dense if that is worth it.
+
+    dtype: of x and of a dense weight. Packed ones are multiplied in float32 whatever it is, and measured so.
+    """
     measured = (min(shape[0], max(PANEL, MEASURED // shape[1] // PANEL * PANEL)), shape[1])
     ways = [DENSE, IN_PLACE, BY_PARTS, *([INT8] if int8 and format.bits in INT8_BITS else [])]
     if rows is None:
         return Choice(_for_any(ways[1:], format, measured, table))
     bucket = next((b for b in BUCKETS if b >= rows), BUCKETS[-1])
     scale = shape[0] / measured[0] * rows / bucket
-    seconds = {way.name: scale * _seconds(way, format, measured, bucket, table) for way in ways}
+    seconds = {way.name: scale * _seconds(way, format, measured, bucket, table, dtype) for way in ways}
     best = min(ways[1:], key=lambda way: seconds[way.name])
     return Choice(DENSE if seconds[DENSE.name] < WORTH_DENSE * seconds[best.name] else best, seconds)
 
@@ -99,18 +109,26 @@ def _for_any(ways: list[Way], format: NumericFormat, shape: tuple[int, int], tab
     return Way(BY_ROWS.name, few)
 
 
-def _seconds(way: Way, format: NumericFormat, shape: tuple[int, int], rows: int, table: DeviceTable) -> float:
+def _seconds(
+    way: Way,
+    format: NumericFormat,
+    shape: tuple[int, int],
+    rows: int,
+    table: DeviceTable,
+    dtype: torch.dtype = torch.float32,
+) -> float:
     about = f"{format.bits} bits, groups of {format.group(shape[1])}, zero {format.zero_point}, {format.scale_dtype} scales"
-    how = "float32" if way == DENSE else f"{about}, code {code_of(SOURCE)}"
-    return table.get(f"{way.name}, {shape[0]}x{shape[1]} by {rows}, {how}", lambda: _measure(way, format, shape, rows))
+    how = str(dtype).removeprefix("torch.") if way == DENSE else f"{about}, code {code_of(SOURCE)}"
+    return table.get(f"{way.name}, {shape[0]}x{shape[1]} by {rows}, {how}", lambda: _measure(way, format, shape, rows, dtype))
 
 
-def _measure(way: Way, format: NumericFormat, shape: tuple[int, int], rows: int) -> float:
+def _measure(way: Way, format: NumericFormat, shape: tuple[int, int], rows: int, dtype: torch.dtype) -> float:
     weight, x = example(format, shape), torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(1))
     dense = weight.dequantize()
     if way.few is None:
-        weights = cycle([dense, *(dense.clone() for _ in range(SPREAD // dense.nbytes))])
-        return least_seconds(lambda: F.linear(x, next(weights)))
+        given, whole = x.to(dtype), dense.to(dtype)
+        weights = cycle([whole, *(whole.clone() for _ in range(SPREAD // whole.nbytes))])
+        return least_seconds(lambda: F.linear(given, next(weights)))
     few, int8, panels = way.few, way.int8, Panels.of(weight)
     error = relative_error(F.linear(x.double(), dense.double()), panels.multiply(x, None, few, int8))
     if not error <= (INT8_TOLERANCE if int8 else TOLERANCE):

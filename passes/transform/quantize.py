@@ -143,11 +143,15 @@ class Quantize(TransformPass):
 
 
 def _unpacked(graph: ModelGraph, site: Site, format: NumericFormat, before: fx.Node) -> fx.Node:
-    """A node before another one that unpacks what is stored of the site's weight."""
+    """A node before another one that unpacks what is stored of the site's weight, in the type that the other one has."""
     (n, k), zero = site.shape, f"{site.weight}.zero"
     with graph.graph.inserting_before(before):
         codes, scale = graph.get_attr(f"{site.weight}.codes"), graph.get_attr(f"{site.weight}.scale")
         args = (codes, scale, graph.get_attr(zero) if zero in graph.tensors else None, format.bits, format.group(k), k)
         weight: fx.Node = graph.graph.call_function(torch.ops.lwcompile.dequantize.default, args)
-    weight.meta.update(val=scale.meta["val"].new_empty((n, k), dtype=torch.float32), path=site.path)
+        weight.meta.update(val=scale.meta["val"].new_empty((n, k), dtype=torch.float32), path=site.path)
+        if (dtype := before.meta["val"].dtype) is not torch.float32:
+            value = weight.meta["val"].to(dtype)
+            weight = graph.graph.call_function(aten._to_copy.default, (weight,), {"dtype": dtype})
+            weight.meta.update(val=value, path=site.path)
     return weight
