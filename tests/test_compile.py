@@ -282,6 +282,17 @@ def test_a_model_with_a_graph_break_runs(graphs):
     assert len(graphs) == 2
 
 
+def test_without_a_compiler_slower_code_is_said(monkeypatch, caplog):
+    from lwcompile.backends.inductor.codegen import Inductor
+
+    monkeypatch.setattr(Inductor, "unavailable", lambda self: "no C++ compiler was found")
+    model, x = llama(layers=1), ids(2, 9)
+    with caplog.at_level(logging.WARNING, "lwcompile"):
+        made = logits(torch.compile(model, backend="layerwise"), x)
+    assert relative_error(logits(model, x), made) < 1e-5
+    assert "made by eager, which is slower than inductor is: no C++ compiler was found" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

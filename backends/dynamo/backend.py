@@ -83,7 +83,8 @@ def _not_for_us(module: fx.GraphModule, arguments: Sequence[Any]) -> str | None:
 
 
 def _as_it_stands(module: fx.GraphModule, arguments: Sequence[Any], remark: str) -> Callable[..., Any]:
-    _warn(remark)
+    reason = missing_compiler()
+    _warn(remark if reason is None else f"{remark}; it runs call by call: {reason}")
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(_plain())(module, list(arguments))
@@ -221,11 +222,14 @@ def _codegen(name: str, graph: ModelGraph) -> Codegen:
             raise BadInput(f"the codegen {name} cannot be used: {'; '.join(map(str, reasons))}")
         return chosen
     found = [made for p in plugins("codegens") if (made := make("codegens", p.name)).automatic]
-    able = [c for c in found if c.unavailable() is None and not c.unsupported(graph)]
-    if not able:
-        raise Refused("no codegen takes this graph")
-    by_rank = sorted(able, key=lambda c: -c.automatic)
-    if graph.level() == "captured" or len(able) == 1:
+    found.sort(key=lambda c: -c.automatic)
+    against = {c.name: c.unavailable() or "; ".join(c.unsupported(graph)) for c in found}
+    by_rank = [c for c in found if not against[c.name]]
+    if not by_rank:
+        raise Refused(f"no codegen takes this graph ({'; '.join(against.values())})")
+    if by_rank[0] is not found[0]:
+        _warn(f"code is made by {by_rank[0].name}, which is slower than {found[0].name} is: {against[found[0].name]}")
+    if graph.level() == "captured" or len(by_rank) == 1:
         return by_rank[0]
     measured = [(seconds, c) for c in by_rank if (seconds := c.seconds(graph)) is not None]
     return min(measured, key=lambda pair: pair[0])[1] if measured else by_rank[0]
