@@ -83,13 +83,15 @@ void attend(const Rows& query, const Rows& key, const Rows& value, const Mask& m
   const int64_t width = (keys + LANES - 1) / LANES * LANES;
   const float closed = -std::numeric_limits<float>::infinity();
   std::vector<float> most(shared, closed);
-  for (int64_t t = 0; t < keys; t++)
+  for (int64_t t = 0; t < keys; t++) {
+    float open = 0;
     for (int64_t i = 0; i < shared; i++) {
-      const float open = mask(b, g * shared + i, s, t);
+      if (i == 0 || mask.head != 0) open = mask(b, g * shared + i, s, t);
       float& score = scores[i * width + t];
       score = open == closed ? closed : dot<V>(query(b, g * shared + i, s), key(b, g, t)) * scale + open;
       most[i] = std::max(most[i], score);
     }
+  }
   for (int64_t i = 0; i < shared; i++) {
     float* row = scores + i * width;
     if (most[i] == closed) {  // nothing to read is 0, as torch has it
