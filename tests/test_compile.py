@@ -438,12 +438,18 @@ def test_a_part_of_a_model_takes_no_plan_for_the_whole(small, caplog, graphs):
     assert "it begins at layers.1, in the middle of the model" in caplog.text
 
 
-def test_a_weight_that_changes_under_a_plan_is_an_error(small):
+@pytest.mark.parametrize("how", ["in place", "another", "of another shape"])
+def test_a_weight_that_changes_under_a_plan_is_an_error(small, how):
+    """Dynamo leaves looking at weights to us there."""
     model, x = fresh_llama(), ids(2, 9)
     c = compiled(model, plan=small)
     logits(c, x)
+    up = model.model.layers[0].mlp.up_proj
     with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.add_(1)
+        if how == "in place":
+            up.weight.add_(1)
+        else:
+            up.weight = torch.nn.Parameter(up.weight.clone() if how == "another" else torch.zeros(8, 32))
     with pytest.raises(Exception, match="a weight was changed after the model was compiled under a plan"):
         logits(c, x)
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, fx
 
 from lwcompile.backends.dynamo import kept
-from lwcompile.backends.dynamo.capture import Captured, capture
+from lwcompile.backends.dynamo.capture import Captured, capture, source_of
 from lwcompile.backends.dynamo.options import Options
 from lwcompile.backends.dynamo.plan import apply
 from lwcompile.backends.inductor.codegen import missing_compiler
@@ -115,6 +115,8 @@ class Compiled:
         self.frozen = [(i, arguments[i], arguments[i]._version, arguments[i].data_ptr()) for i in entry.frozen]
         self.numbers = list(entry.numbers.items())
         self.unfrozen: Callable[..., Any] | None = None
+        if self.lossy:
+            _unguard(module, entry.frozen)
 
     def _made(self, arguments: Sequence[Any], chosen: Options, key: str | None) -> kept.Entry:
         try:
@@ -158,6 +160,15 @@ class Compiled:
         )
         self.frozen, self.numbers = [], []
         self.unfrozen = torch.compile(copy.deepcopy(self.module), backend=_plain())
+
+
+def _unguard(module: fx.GraphModule, frozen: Sequence[int]) -> None:
+    """Have dynamo not look at these arguments before each call: `Compiled` does, by what they are, and raises where another is found."""
+    nodes = list(module.graph.find_nodes(op="placeholder"))
+    names = {source_of(nodes[i]) for i in frozen}
+    if (context := torch._guards.TracingContext.try_get()) is not None:
+        guards = context.guards_context.dynamo_guards
+        guards.inner = {g for g in guards.inner if g.create_fn_name() != "TENSOR_MATCH" or str(g.name) not in names}
 
 
 def _compare(module: fx.GraphModule, arguments: Sequence[Any], captured: Captured) -> None:
