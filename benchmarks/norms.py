@@ -129,7 +129,8 @@ def open_norms(dense: Program, made: Program, frozen_norms: int) -> int:
 
 def run_of(name: str, options: argparse.Namespace, scratch: Path) -> Session:
     case = CASES[name]
-    offered = Spec.parse(f"freeze_norm{{first=[{','.join(options.first)}]}}")
+    guard = "" if options.guard is None else f",guard={options.guard:g}"
+    offered = Spec.parse(f"freeze_norm{{first=[{','.join(options.first)}]{guard}}}")
     if name == "dinov2":
         pictures = digits(scratch)
         data: dict[str, dict[str, Any]] = {
@@ -184,6 +185,9 @@ def main() -> None:
     parser.add_argument("--limits", nargs="*", type=float, default=[0.01, 0.05, 0.2])
     parser.add_argument("--tokens", type=int, default=1024, help="calibration tokens that single norms are measured on")
     parser.add_argument("--first", nargs="*", default=["own", "same"], choices=["own", "same"])
+    parser.add_argument(
+        "--guard", type=float, help="a token that deviates by more than so many constants keeps its own deviation"
+    )
     parser.add_argument("--healer", help="instead of the models' own")
     parser.add_argument("--probes", type=int, default=4, help="counts that are healed, at equal distances; 0 heals nothing")
     parser.add_argument("--counts", nargs="*", type=int, help="the counts that are healed, instead of --probes")
