@@ -30,7 +30,9 @@ def main() -> None:
     except ImportError:
         raise SystemExit("the chart needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "budget", "svg.fonttype": "none"})  # the same rows, the same bytes; letters as text
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "budget", "svg.fonttype": "none"}
+    )  # the same rows, the same bytes; letters as text
     from matplotlib import pyplot
 
     rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]

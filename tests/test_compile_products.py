@@ -394,7 +394,8 @@ def test_a_model_in_bf16_reads_packed_weights(monkeypatch):
     )
     torch._dynamo.reset()
     with torch.no_grad():
-        wanted = torch.compile(model, backend="layerwise", options={"plan": plan, "codegen": "eager"})(ids(2, 9), use_cache=False)
+        options: Any = {"plan": plan, "codegen": "eager"}
+        wanted = torch.compile(model, backend="layerwise", options=options)(ids(2, 9), use_cache=False)
         (graph,) = seen
         graph.propagate()
         small = Inductor(products="packed")._lowered(graph)
