@@ -130,11 +130,11 @@ def test_what_is_far_larger_than_the_rest_costs_its_block_no_precision(rows, wid
     columns, group = widths
     weight = weight_of(4, (64, columns, group), "integer")
     x = random(rows, columns, seed=seed)
-    x[0, seed % columns] *= 10**size
+    x[0, seed % columns] = 10**size
     made, dense = Panels.of(weight).multiply(x, int8=True), weight.dequantize().double()
     rounded, second = rounded_to_int8(x.double(), weight.format.group(columns))
     assert relative_error(rounded @ dense.T, made) < 5e-4
-    assert second or size < 2
+    assert second or size < 1.5
     error = (made - x.double() @ dense.T).square().mean(1).sqrt()
     assert bool((error < 0.01 * (x.double().square() @ dense.T.square()).mean(1).sqrt()).all())
     alone = x[:1].clone()
