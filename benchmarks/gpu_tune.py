@@ -38,8 +38,6 @@ ROWS = {
 WHOLE = (4, 8)
 """Widths that are tuned at every M; the others up to `FEWER`, and take the rules of the next wider one above."""
 FEWER = {"dequantize": 4096, "gemv": 1, "matmul": 64, "gated": 1}
-SMALL = ("norm", "rotary", "attention", "finish", "embedding", "dequantize")
-"""Kernels that start early, or not, all alike."""
 GROUP = 64
 
 
@@ -51,43 +49,37 @@ def tile(m: int, n: int, chunks: int, split: int = 1, warps: int = 4, stages: in
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_C": chunks, "SPLIT_K": split, "num_warps": warps, "num_stages": stages}
 
 
-def few(m: int, n: int, parts: int, q: int, ahead: int = 1, stages: int = 1) -> Config:
-    made = {"BLOCK_M": 8 if m <= 8 else 16, "BLOCK_N": n, "PARTS": parts, "Q": q, "num_warps": parts, "num_stages": stages}
-    return made | {"AHEAD": 1} if ahead else made
+def few(m: int, n: int, parts: int, q: int, stages: int = 1) -> Config:
+    return {"BLOCK_M": 8 if m <= 8 else 16, "BLOCK_N": n, "PARTS": parts, "Q": q, "num_warps": parts, "num_stages": stages}
 
 
-def several(m: int, warps: int, split: int = 1, stages: int = 3, q: int = 1, direct: int = 0) -> Config:
-    return {
-        "BLOCK_M": m, "WARPS": warps, "Q": q, "SPLIT_K": split, "DIRECT": direct, "num_warps": warps, "num_stages": stages, "AHEAD": 1,
-    }  # fmt: skip
+def several(m: int, warps: int, split: int = 1, stages: int = 3, q: int = 1) -> Config:
+    return {"BLOCK_M": m, "WARPS": warps, "Q": q, "SPLIT_K": split, "num_warps": warps, "num_stages": stages}
 
 
-def dense(*megabytes: int) -> list[Config]:
-    return [{"DENSE": size} for size in megabytes]
+DENSE: Config = {"DENSE": 1}
 
 
 ONE_ROW = [gemv(16, 16, 4), gemv(8, 64, 3), gemv(16, 32, 1)]
-FEW_ROWS = ((16, 8, 2), (32, 4, 2), (16, 8, 2, 0), (32, 4, 2, 0), (16, 8, 1), (16, 4, 2), (32, 8, 1), (16, 16, 1))
+FEW_ROWS = ((16, 8, 2), (32, 4, 2), (16, 8, 1), (16, 4, 2), (32, 8, 1), (16, 16, 1))
 SIXTEEN_ROWS = [
-    *(few(16, *sizes) for sizes in ((16, 8, 1), (16, 4, 2), (64, 4, 1), (64, 4, 1, 0), (32, 8, 1), (32, 4, 1), (64, 8, 1))),
-    several(16, 4, 1, direct=1), several(16, 4, 2, direct=1), several(16, 8, 2, direct=1), several(16, 8, 4),
+    *(few(16, *sizes) for sizes in ((16, 8, 1), (16, 4, 2), (64, 4, 1), (32, 8, 1), (32, 4, 1), (64, 8, 1))), several(16, 8, 4),
 ]  # fmt: skip
 SOME_ROWS = {
     32: [several(32, 4, 2), several(32, 8, 2), several(32, 8, 4), several(32, 4, 1), several(32, 8, 1, 4)],
-    64: [several(64, 8, 1), several(64, 8, 2), several(64, 8, 4), several(64, 4, 2), several(64, 16, 2), several(64, 8, 2, 4),
-         tile(64, 128, 2, 2), *dense(32)],
-    256: [several(128, 8, 1), several(256, 8, 1), several(128, 8, 2), several(64, 16, 1), *dense(1, 32)],
-    1024: [several(128, 8, 1), several(256, 8, 1), *dense(1, 16, 32)],
-    4096: [several(256, 8, 1), *dense(1, 16, 32)],
+    64: [several(64, 8, 1), several(64, 8, 2), several(64, 8, 4), several(64, 4, 2), several(64, 8, 2, 4),
+         tile(64, 64, 2, 4, 4, 4), tile(64, 128, 2, 2), DENSE],
+    256: [several(128, 8, 1), several(256, 8, 1), several(128, 8, 2), DENSE],
+    1024: [several(128, 8, 1), several(256, 8, 1), DENSE],
+    4096: [several(256, 8, 1), DENSE],
 }  # fmt: skip
 APART = several(256, 8, 1) | {"APART": 1}
 GATED_ROWS = {
-    16: [*(few(16, *sizes) for sizes in ((16, 8, 1), (16, 4, 2), (32, 4, 1), (32, 8, 1), (16, 8, 1, 0))),
-         several(16, 4, 1, direct=1), several(16, 8, 1, direct=1), several(16, 8, 2, direct=1)],
-    64: [several(64, 8, 1), several(64, 4, 1), several(64, 8, 2), *dense(32)],
-    256: [several(128, 8, 1), several(64, 8, 1), APART, *dense(1, 32)],
-    1024: [several(128, 8, 1), APART, *dense(1, 16, 32)],
-    4096: dense(1, 16, 32),
+    16: [*(few(16, *sizes) for sizes in ((16, 8, 1), (16, 4, 2), (32, 4, 1), (32, 8, 1)))],
+    64: [several(64, 8, 1), several(64, 4, 1), several(64, 8, 2), DENSE],
+    256: [several(128, 8, 1), several(64, 8, 1), APART, DENSE],
+    1024: [several(128, 8, 1), APART, DENSE],
+    4096: [DENSE],
 }  # fmt: skip
 
 
@@ -113,13 +105,13 @@ def candidates(kernel: str, m: int, bits: int = 4) -> list[Config]:
         tried = ((16, 16), (8, 16), (16, 8), (64, 2))[: 4 if whole else 2]
         return [{"BLOCK_M": m, "BLOCK_C": c, "num_warps": 4, "num_stages": 1} for m, c in tried]
     if m <= 8:
-        found = [few(m, *sizes) for sizes in FEW_ROWS[: 6 if kernel == "gated" else 8]]
-        found = found if whole else [few(m, *sizes) for sizes in ((16, 8, 2), (32, 4, 2), (16, 8, 2, 0), (16, 8, 4))]
+        found = [few(m, *sizes) for sizes in FEW_ROWS[: 4 if kernel == "gated" else 6]]
+        found = found if whole else [few(m, *sizes) for sizes in ((16, 8, 2), (32, 4, 2), (16, 8, 4))]
         return found + (ONE_ROW[: 3 if whole else 1] if m == 1 else [])
     if kernel == "gated":
         return GATED_ROWS[m]
     if m == 16:
-        return SIXTEEN_ROWS if whole else [SIXTEEN_ROWS[i] for i in (0, 1, 2, 7, 9)]
+        return SIXTEEN_ROWS if whole else [SIXTEEN_ROWS[i] for i in (0, 1, 2)]
     return SOME_ROWS[m] if whole else SOME_ROWS[m][:3]
 
 
@@ -200,28 +192,9 @@ def attempt(kernel: str, bits: int, m: int, config: Config) -> str:
             gated_reference(exact, weight, weight, "silu") if kernel == "gated" else linear_reference(exact, weight)
         )  # fmt: skip
         error = float((found - wanted).abs().max() / wanted.abs().max())
-        if "AHEAD" in config and kernel != "gated":
-            chained(kernel, bits, m, config)
     except Exception as problem:  # a candidate that does not run is a result
         return f"{type(problem).__name__}: {problem}"[:200]
     return "" if error <= TOLERANCE[torch.bfloat16] else f"wrong by {error:.2g}"
-
-
-def chained(kernel: str, bits: int, m: int, config: Config) -> None:
-    """Products of products: where one started early read what was not there yet, they are not the same. `RuntimeError` then."""
-    weight = weight_of(2048, 2048, bits, GROUP, "cuda")
-    x = torch.randn(m, 2048, device="cuda", dtype=torch.bfloat16)
-    found = []
-    for way in ({name: value for name, value in config.items() if name != "AHEAD"}, config):
-        use(kernel, way)
-        y = x
-        for _ in range(4):
-            for _ in range(4):
-                y = product(kernel, y, weight)
-            y = y / y.abs().max()
-        found.append(y)
-    if not torch.equal(*found):
-        raise RuntimeError("started early, it computes something else")
 
 
 def worker(pipe: Connection) -> None:
@@ -332,33 +305,6 @@ def rules(best: dict[tuple[str, int, int, int], Config], kernel: str) -> list[di
     return made if ends else [*made, *table_of("default")[kernel]]
 
 
-def start_early(until: float) -> bool:
-    """Whether norms that start early make a chain of norms and products faster; the same they must be."""
-    from lwcompile.backends.triton.kernels.linear import linear
-    from lwcompile.backends.triton.kernels.norm import Norm, normalize
-
-    weight = weight_of(4096, 4096, 4, GROUP, "cuda")
-    held = [weight, *(_copy(weight) for _ in range(11))]
-    norm = Norm("rms", torch.ones(4096, device="cuda", dtype=torch.bfloat16), None, 1e-5)
-    x = torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16)
-
-    def chain(_: int) -> torch.Tensor:
-        y = x
-        for each in held:
-            y = linear(normalize(y, norm), each)
-        return y
-
-    times, made = [], []
-    for early in (0, 1):
-        if time.monotonic() > until:
-            return False
-        use("norm", {"num_warps": 8, "num_stages": 1} | ({"AHEAD": 1} if early else {}))
-        times.append(time_of(chain, 3, 7) / len(held))
-        made.append(chain(0))
-    print(f"norm and 4096 x 4096 at one row: {times[0]:.2f} us, and {times[1]:.2f} us where norms start early", flush=True)
-    return times[1] < times[0] and torch.equal(*made)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=150, help="for all of it; what was found by then is written")
@@ -371,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("there is no GPU here to tune for", file=sys.stderr)
         return 1
-    from lwcompile.backends.triton.kernels.launch import TABLES, kind_of, table_of
+    from lwcompile.backends.triton.kernels.launch import TABLES, kind_of
 
     started = time.monotonic()
     right = attempts(given.bits, given.workers, started + 0.6 * given.seconds, given.hold)
@@ -389,9 +335,6 @@ def main(arguments: list[str] | None = None) -> int:
     path = given.write or TABLES / f"{kind_of(torch.device('cuda', torch.cuda.current_device()))}.json"
     kernels = {kernel: rules(best, kernel) for kernel in ROWS}
     kernels["attention"] = attention_rules(right, started + given.seconds + 10)
-    if start_early(started + given.seconds):
-        for kernel in SMALL:
-            kernels[kernel] = [rule | {"AHEAD": 1} for rule in kernels.get(kernel) or table_of("default")[kernel]]
     table = {"origin": origin, "kernels": kernels}
     path.write_text(json.dumps(table, indent=1).replace("\n    ", " ").replace("\n   }", "}") + "\n", encoding="utf-8")
     print(f"{len(best)} rules in {path}, {time.monotonic() - started:.0f} s", flush=True)

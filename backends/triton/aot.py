@@ -34,7 +34,7 @@ SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 WIDTH = 4096
 BITS = (2, 3, 4, 5, 6, 7, 8)
-SEVERAL = {"Q": 1, "SPLIT_K": 1, "DIRECT": 0, "num_stages": 3}
+SEVERAL = {"Q": 1, "SPLIT_K": 1, "num_stages": 3}
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def _format(bits: int, group: int = 64, zero: int = 1) -> dict[str, Any]:
 _TYPES = {"words": "*i32", "words2": "*i32", "ids": "*i64", "padding": "*i64", "places": "*i64", "eps": "fp32", "factor": "fp32",
           "scale": "*fp16", "scale2": "*fp16", "cos": "*fp32", "sin": "*fp32", "parts2": "*fp32",
           "made": "*fp32", "tops": "*fp32", "totals": "*fp32"}  # fmt: skip
-_SIZES = ("M", "N", "K", "CHUNKS", "SIZE", "ROW", "TO", "WIDTH")
-_COUNTS = ("SPLIT_K", "FIRST", "heads", "times", "queries", "keys", "length", "window")
+_SIZES = ("M", "N", "K", "CHUNKS", "SIZE", "ROW", "WIDTH")
+_COUNTS = ("SPLIT_K", "heads", "times", "queries", "keys", "length", "window")
 
 
 def _type_of(name: str, constants: dict[str, Any]) -> str:

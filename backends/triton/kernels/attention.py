@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lwcompile.backends.triton.kernels.ahead import follow
 from lwcompile.backends.triton.kernels.launch import cdiv, config_for, launch, next_power_of_2
 
 
@@ -31,10 +30,9 @@ def attention_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, padding_row, window,
     WIDTH: tl.constexpr, WIDTH2: tl.constexpr, VALUE: tl.constexpr, VALUE2: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PADDED: tl.constexpr, PLACED: tl.constexpr,
-    PACK: tl.constexpr, PARTED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, AHEAD: tl.constexpr = 0,
+    PACK: tl.constexpr, PARTED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """PACK: heads of a query that are rows of one tile."""
-    follow(AHEAD)
     if PLACED:
         keys = tl.load(places + queries - 1).to(tl.int32) + 1
     SPAN: tl.constexpr = BLOCK_S // PACK
@@ -100,10 +98,9 @@ def attention_kernel(
 
 @triton.jit
 def gather_kernel(
-    made, tops, totals, y, parts, VALUE: tl.constexpr, VALUE2: tl.constexpr, PARTS2: tl.constexpr, AHEAD: tl.constexpr = 0
+    made, tops, totals, y, parts, VALUE: tl.constexpr, VALUE2: tl.constexpr, PARTS2: tl.constexpr
 ):  # fmt: skip
     """y [..., VALUE] of made [..., parts, VALUE], each a sum of `totals` times e ** `tops`."""
-    follow(AHEAD)
     part = tl.program_id(0).to(tl.int64) * parts + tl.arange(0, PARTS2)
     inside = tl.arange(0, PARTS2) < parts
     e = tl.arange(0, VALUE2)
@@ -160,7 +157,7 @@ def attention(
         CAUSAL=causal, WINDOW=window is not None, PADDED=padding is not None, PLACED=places is not None, PACK=pack, PARTED=parts > 1,
     )  # fmt: skip
     if parts > 1:
-        config = {name: config[name] for name in ("AHEAD", "num_warps", "num_stages") if name in config}
+        config = {name: config[name] for name in ("num_warps", "num_stages")}
         sizes = {"VALUE": value_width, "VALUE2": value_room, "PARTS2": next_power_of_2(parts)}
         launch(gather_kernel, (len(made),), config, made, tops, totals, y, parts, **sizes)
     return y

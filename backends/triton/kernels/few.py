@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from lwcompile.backends.triton.kernels.activation import activate
-from lwcompile.backends.triton.kernels.ahead import fetch_rows, follow
 from lwcompile.backends.triton.kernels.packed import MAGIC, PAIRED, merge, widen, widen_bytes, widen_pairs
 
 
@@ -114,13 +113,8 @@ def few_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BITS2: tl.constexpr, GROUP2: tl.constexpr, ZERO2: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, Q: tl.constexpr, AHEAD: tl.constexpr = 0,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    if AHEAD != 0:
-        fetch_rows(words, scale, zero, tl.program_id(0) * BLOCK_N, N, K, CHUNKS, BITS, GROUP, BLOCK_N, PARTS * 32)
-        if GATED:
-            fetch_rows(words2, scale2, zero2, tl.program_id(0) * BLOCK_N, N, K, CHUNKS, BITS2, GROUP2, BLOCK_N, PARTS * 32)
-        follow(AHEAD)
     H: tl.constexpr = BLOCK_N // 8
     MH: tl.constexpr = BLOCK_M // 8
     dtype: tl.constexpr = x.dtype.element_ty

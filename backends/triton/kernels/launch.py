@@ -3,9 +3,8 @@ launch, never at import.
 
 A table maps a kernel to rules, read in order: the first whose limits (`m`, `n`, `k`, `bits`: at most) hold gives the block sizes.
 `gemv`, `matmul` and `gated` may also say how: a rule with STAGES is for `gemv_kernel` (one row only), one with PARTS for `few_kernel`
-(a few rows), one with WARPS for `several_kernel`, one with DENSE widens the weight and leaves the product to cuBLAS, in slices of so
-many megabytes (1: as a whole), all others are for `matmul_kernel`; of `gated`, one with APART makes two products of it. One with AHEAD
-starts its kernel while the one before still runs (`ahead`): sm_90 and newer.
+(a few rows), one with WARPS for `several_kernel`, one with DENSE widens the weight and leaves the product to cuBLAS, all others
+are for `matmul_kernel`; of `gated`, one with APART makes two products of it.
 """
 
 from __future__ import annotations
@@ -69,8 +68,7 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Mapping[str, int], *args:
         with torch.cuda.device(device):
             launch(kernel, grid, config, *args, **constants)
         return
-    options = {"launch_pdl": True} if config.get("AHEAD") else {}
-    kernel[grid](*args, **constants, **config, **options, enable_fp_fusion=True)  # newer versions of triton leave it off
+    kernel[grid](*args, **constants, **config, enable_fp_fusion=True)  # newer versions of triton leave it off
 
 
 # triton's own functions for these take microseconds on the host, since kernels call them too.

@@ -5,7 +5,7 @@
     several  up to a thousand rows or so, on Hopper: weights are widened in registers and multiplied from there (`several`)
     matmul   weights are widened tile by tile and multiplied on tensor cores; where rows and columns alone are too few programs,
              K is split and the parts are added up afterwards. A norm runs before, as a kernel of its own.
-    dense    many rows: the weight is widened and multiplied by cuBLAS, a slice that the L2 cache holds after the other
+    dense    many rows: the weight is widened once, by a kernel bound by memory, and multiplied by cuBLAS
 
 The tuning table says which, by sizes. `gated` is y = act(x @ gate.T) * (x @ up.T), the first half of a SwiGLU or GEGLU MLP, in one
 pass over x; the two may differ in width and groups.
@@ -21,8 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lwcompile.backends.triton.kernels.activation import ACTIVATIONS, activate
-from lwcompile.backends.triton.kernels.ahead import follow
-from lwcompile.backends.triton.kernels.embedding import dequantize_part
+from lwcompile.backends.triton.kernels.embedding import dequantize
 from lwcompile.backends.triton.kernels.few import few_kernel
 from lwcompile.backends.triton.kernels.launch import cdiv, config_for, launch, next_power_of_2
 from lwcompile.backends.triton.kernels.norm import NORMS, Norm, arranged, normalize
@@ -87,9 +86,8 @@ def gemv_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BITS2: tl.constexpr, GROUP2: tl.constexpr, ZERO2: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, SHIFT: tl.constexpr, ACT: tl.constexpr,
-    K2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr = 0,
+    K2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    follow(AHEAD)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mean = 0.0
     rstd = 1.0
@@ -130,9 +128,8 @@ def matmul_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BITS2: tl.constexpr, GROUP2: tl.constexpr, ZERO2: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr = 0,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    follow(AHEAD)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(2)
@@ -162,11 +159,10 @@ def matmul_kernel(
 
 @triton.jit
 def finish_kernel(
-    parts, parts2, bias, residual, y, N, SIZE, ROW, TO, SPLIT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr = 0,
+    parts, parts2, bias, residual, y, N, SIZE, ROW, SPLIT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """parts: SPLIT of them, SIZE apart, of rows ROW apart; residual and y: rows TO apart."""
-    follow(AHEAD)
+    """parts: SPLIT of them, SIZE apart, of rows ROW apart."""
     m = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
@@ -183,8 +179,8 @@ def finish_kernel(
     if GATED:
         first *= second
     if RESIDUAL:
-        first += tl.load(residual + m * TO + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + m * TO + n, first.to(y.dtype.element_ty), mask=inside)
+        first += tl.load(residual + m * N + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + m * N + n, first.to(y.dtype.element_ty), mask=inside)
 
 
 # --- calling them
@@ -238,12 +234,12 @@ def _run(
         grid = (cdiv(n, config["BLOCK_N"]), cdiv(m, config["BLOCK_M"]))
         launch(few_kernel, grid, config, *args, **constants, NORM=norm is not None)
         return y
-    if "WARPS" in config and not config.get("DIRECT"):
+    if "WARPS" in config:
         flat, norm = arranged(flat, norm, config["Q"]), None
     if norm is not None:
         flat = normalize(flat, norm)
     if "DENSE" in config:
-        return _dense(flat, first, second, bias, activation, residual, y, config["DENSE"])
+        return _dense(flat, first, second, bias, activation, residual, y)
     if config["SPLIT_K"] > 1 or "APART" in config:
         parts = _parts(flat, first, config)
         _finish(
@@ -271,70 +267,35 @@ def _tiles(
 
 
 def _dense(
-    flat: Tensor, first: Packed, second: Packed | None, bias: Tensor | None, activation: str | None, residual: Tensor | None,
-    y: Tensor, megabytes: int,
+    flat: Tensor, first: Packed, second: Packed | None, bias: Tensor | None, activation: str | None, residual: Tensor | None, y: Tensor
 ) -> Tensor:  # fmt: skip
-    """By cuBLAS, of weights widened into one slice of `megabytes` again and again: none of it need ever leave the L2 cache.
-
-    A slice is some rows. Where those are too few to keep the GPU busy, it is all rows of some columns, and products are added up.
-    """
-    k, n, gated = first.in_features, first.rows, second is not None
+    """By cuBLAS, once the weight is widened; a gate and its partner in one product."""
+    n, k = first.rows, first.in_features
     weights = (first,) if second is None else (first, second)
-    rows, columns = slices(n * len(weights), k, megabytes, flat.element_size())
-    rows = rows // len(weights)
-    ends = [end for end in (bias, residual) if end is not None]
-    plain = not gated and activation is None and len(ends) < 2 and all(end.dtype == flat.dtype for end in ends)
-    wide = flat.new_empty(rows * len(weights) * columns)
-    out = y.view(-1, n)
-    made = out if plain else flat.new_empty((flat.shape[0], rows * len(weights)))
-    for a in range(0, n, rows):
-        here = min(rows, n - a)
-        cut = slice(a, a + here)
-        add = [end[..., cut] if end.ndim == 1 else end.view(-1, n)[:, cut] for end in ends]
-        target = out[:, cut] if plain else made[:, : here * len(weights)]
-        for b in range(0, k, columns):
-            width = min(columns, k - b)
-            part = wide[: here * len(weights) * width].view(-1, width)
-            for i, weight in enumerate(weights):
-                dequantize_part(weight, part[i * here : (i + 1) * here], a, b)
-            x = flat[:, b : b + width]
-            if b:
-                torch.addmm(target, x, part.T, out=target)
-            elif plain and add:
-                torch.addmm(add[0], x, part.T, out=target)
-            else:
-                torch.mm(x, part.T, out=target)
-        if not plain:
-            inner = None if bias is None else bias[cut]
-            past = None if residual is None else residual.view(-1, n)[:, cut]
-            _finish(target[:, :here], target[:, here:] if gated else target, inner, activation, past, out[:, cut], gated)
+    wide = flat.new_empty((n * len(weights), k))
+    for i, weight in enumerate(weights):
+        dequantize(weight, flat.dtype, wide[i * n : (i + 1) * n])
+    ends = [end if end.ndim == 1 else end.view(-1, n) for end in (bias, residual) if end is not None]
+    if second is not None or activation is not None or len(ends) > 1 or any(end.dtype != flat.dtype for end in ends):
+        made = flat @ wide.T
+        _finish(made[:, :n], made[:, -n:], bias, activation, residual, y, second is not None)
+    elif ends:
+        torch.addmm(ends[0], flat, wide.T, out=y.view(-1, n))
+    else:
+        torch.mm(flat, wide.T, out=y.view(-1, n))
     return y
-
-
-def slices(rows: int, columns: int, megabytes: int, itemsize: int) -> tuple[int, int]:
-    """Rows and columns of a slice of a weight, of that size if it can be; 1 megabyte stands for the whole.
-
-    Rows are a power of two: 1,024 rows of x by 4,096 of a weight are a tile of 128 by 256 for each of 128 processors.
-    """
-    held = (megabytes << 20) // itemsize
-    if megabytes == 1 or rows * columns <= held:
-        return rows, columns
-    if (fitting := held // columns) >= 2048:
-        return 1 << fitting.bit_length() - 1, columns
-    count = cdiv(columns, max(1024, held // rows))
-    return rows, cdiv(cdiv(columns, count), 128) * 128
 
 
 def _finish(
     parts: Tensor, parts2: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, y: Tensor, gated: bool
 ) -> None:
-    """parts, parts2 [M, N] or, to be added up, [SPLIT, M, N]; residual like y: all of rows of unit stride."""
+    """parts, parts2 [M, N] or, to be added up, [SPLIT, M, N], of rows of unit stride."""
     n = parts.shape[-1]
     residual, y = (None if t is None else t.view(-1, t.shape[-1]) for t in (residual, y))  # type: ignore[assignment]
     config = config_for("finish", parts.device, len(y), n, n)
     launch(
         finish_kernel, (len(y), cdiv(n, config["BLOCK"])), config, parts, parts2, *_or(parts, bias, residual), y, n,
-        parts.stride(0), parts.stride(-2), y.stride(0), SPLIT=len(parts) if parts.ndim == 3 else 1, GATED=gated,
+        parts.stride(0), parts.stride(-2), SPLIT=len(parts) if parts.ndim == 3 else 1, GATED=gated,
         BIAS=bias is not None, RESIDUAL=residual is not None, ACT=ACTIVATIONS[activation],
     )  # fmt: skip
 

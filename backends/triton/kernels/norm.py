@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lwcompile.backends.triton.kernels.ahead import follow
 from lwcompile.backends.triton.kernels.launch import cdiv, config_for, launch, next_power_of_2
 
 NORMS = {"rms": 1, "layer": 2}
@@ -43,10 +42,9 @@ class Norm:
 @triton.jit
 def norm_kernel(
     x, branch, gain, shift, total, y, K, WIDTH, eps, KIND: tl.constexpr, ADD: tl.constexpr, SHIFT: tl.constexpr, K2: tl.constexpr,
-    Q: tl.constexpr, AHEAD: tl.constexpr = 0,
+    Q: tl.constexpr,
 ):  # fmt: skip
     """y has WIDTH columns, 0 past K, in order where Q is 0."""
-    follow(AHEAD)
     start = tl.program_id(0).to(tl.int64) * K
     k = tl.arange(0, K2)
     inside = k < K

@@ -8,16 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lwcompile.backends.triton.kernels.ahead import follow
 from lwcompile.backends.triton.kernels.launch import cdiv, config_for, launch, next_power_of_2
 
 
 @triton.jit
 def rotary_kernel(
     x, cos, sin, y, heads, length, batch_stride, head_stride, row_stride, table_stride,
-    HALF: tl.constexpr, HALF2: tl.constexpr, BLOCK_S: tl.constexpr, AHEAD: tl.constexpr = 0,
+    HALF: tl.constexpr, HALF2: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    follow(AHEAD)
     head = tl.program_id(0)
     batch = head // heads
     s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)

@@ -1,9 +1,8 @@
 """y = act(x @ w.T + bias) + residual for some rows of x, w packed: widened weights go from registers into Hopper's tensor cores.
 
 The product is w @ x.T. Of the weights, the first operand, a lane of a warp group holds what it would of `few`: so what it widens is
-what it multiplies, by the same free choice of which k are which columns, and only x passes through shared memory: in that order of
-columns already (`arranged`), or, for the fewest rows, brought into it four bytes at a time (DIRECT). Products of warp groups are
-asynchronous, so the next weights are widened meanwhile.
+what it multiplies, by the same free choice of which k are which columns, and only x passes through shared memory, in that order of
+columns already (`arranged`). Products of warp groups are asynchronous, so the next weights are widened meanwhile.
 """
 
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
@@ -13,7 +12,6 @@ import triton
 import triton.language as tl
 
 from lwcompile.backends.triton.kernels.activation import activate
-from lwcompile.backends.triton.kernels.ahead import follow
 from lwcompile.backends.triton.kernels.few import fragment, fragment_grids
 
 
@@ -23,10 +21,9 @@ def several_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BITS2: tl.constexpr, GROUP2: tl.constexpr, ZERO2: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
-    BLOCK_M: tl.constexpr, WARPS: tl.constexpr, Q: tl.constexpr, DIRECT: tl.constexpr, AHEAD: tl.constexpr = 0,
+    BLOCK_M: tl.constexpr, WARPS: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """x [M, WIDTH]; y [M, N] or, where K is split, [SPLIT_K, M, N]."""
-    follow(AHEAD)
     BLOCK_N: tl.constexpr = WARPS * 16
     dtype: tl.constexpr = x.dtype.element_ty
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -35,8 +32,6 @@ def several_kernel(
     row = tl.program_id(0) * BLOCK_N + row + tl.arange(0, 8)[None, :, None, None]
     chunk = tl.arange(0, 4)[:, None, None, None] * Q + tl.zeros((1, 1, WARPS, 1), tl.int32)
     column = tl.arange(0, Q * 128)
-    if DIRECT:
-        column = column // 2 % 4 * (Q * 32) + column // 16 * 4 + column // 8 % 2 * 2 + column % 2
     first = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     second = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     factor, offset = fragment_grids(scale, zero, row, N, part * (4 * Q) + chunk, K, BITS, GROUP, ZERO, Q)
@@ -46,10 +41,7 @@ def several_kernel(
         at = start + chunk
         after = at + SPLIT_K * (4 * Q)
         k = start * 32 + column
-        inside = (m < M)[:, None]
-        if DIRECT:
-            inside &= (k < WIDTH)[None, :]
-        values = tl.trans(tl.load(x + m.to(tl.int64)[:, None] * WIDTH + k[None, :], mask=inside, other=0.0))
+        values = tl.trans(tl.load(x + m.to(tl.int64)[:, None] * WIDTH + k[None, :], mask=(m < M)[:, None], other=0.0))
         now, less = factor, offset
         factor, offset = fragment_grids(scale, zero, row, N, after, K, BITS, GROUP, ZERO, Q)
         weights = fragment(words, now, less, row, N, at, CHUNKS, BITS, GROUP, ZERO, WARPS, 2, Q, dtype, True)
