@@ -69,16 +69,15 @@ SOME_ROWS = {
     32: [several(32, 4, 2), several(32, 8, 2), several(32, 8, 4), several(32, 4, 1), several(32, 8, 1, 4)],
     64: [several(64, 8, 1), several(64, 8, 2), several(64, 8, 4), several(64, 4, 2), several(64, 8, 2, 4),
          tile(64, 64, 2, 4, 4, 4), tile(64, 128, 2, 2), DENSE],
-    256: [several(128, 8, 1), several(256, 8, 1), several(128, 8, 2), DENSE],
-    1024: [several(128, 8, 1), several(256, 8, 1), DENSE],
-    4096: [several(256, 8, 1), DENSE],
+    256: [several(128, 8, 1), several(256, 8, 1, 2), several(128, 8, 2), DENSE],
+    1024: [several(128, 8, 1), several(256, 8, 1, 2), DENSE],
+    4096: [several(256, 8, 1, 2), DENSE],
 }  # fmt: skip
-APART = several(256, 8, 1) | {"APART": 1}
 GATED_ROWS = {
     16: [*(few(16, *sizes) for sizes in ((16, 8, 1), (16, 4, 2), (32, 4, 1), (32, 8, 1)))],
     64: [several(64, 8, 1), several(64, 4, 1), several(64, 8, 2), DENSE],
-    256: [several(128, 8, 1), several(64, 8, 1), APART, DENSE],
-    1024: [several(128, 8, 1), APART, DENSE],
+    256: [several(128, 8, 1), several(64, 8, 1), DENSE],
+    1024: [several(128, 8, 1), DENSE],
     4096: [DENSE],
 }  # fmt: skip
 

@@ -85,7 +85,9 @@ def cases(target: int = 90, bits: Collection[int] = BITS) -> Iterator[Case]:
         yield Case(f"few, {b} bits, RMSNorm and gate, M = 16", few_kernel, few | form | gate | {"NORM": True}, gated)
         for m in (16, 64, 256):
             yield Case(f"matmul, {b} bits, M = {m}", matmul_kernel, plain | form, rule("matmul", m, bits=b, needs="BLOCK_C"))
-        for m, gated in ((64, {}), (256, {}), (64, gate)) if target == 90 else ():  # whose tensor cores take registers so
+        for m, gated in (
+            ((64, {}), (128, {}), (64, gate), (128, gate)) if target == 90 else ()
+        ):  # whose tensor cores take registers so
             config = SEVERAL | {"BLOCK_M": m, "WARPS": 4 if m == 64 else 8, "num_warps": 4 if m == 64 else 8}
             yield Case(f"several, {b} bits, {'gate, ' * bool(gated)}M = {m}", several_kernel, plain | form | gated, config)
         yield Case(f"embedding, {b} bits", embedding_kernel, one | {"LOOKUP": True}, rule("embedding", 1, bits=b))

@@ -4,7 +4,7 @@ launch, never at import.
 A table maps a kernel to rules, read in order: the first whose limits (`m`, `n`, `k`, `bits`: at most) hold gives the block sizes.
 `gemv`, `matmul` and `gated` may also say how: a rule with STAGES is for `gemv_kernel` (one row only), one with PARTS for `few_kernel`
 (a few rows), one with WARPS for `several_kernel`, one with DENSE widens the weight and leaves the product to cuBLAS, all others
-are for `matmul_kernel`; of `gated`, one with APART makes two products of it.
+are for `matmul_kernel`.
 """
 
 from __future__ import annotations

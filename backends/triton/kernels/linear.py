@@ -240,7 +240,7 @@ def _run(
         flat = normalize(flat, norm)
     if "DENSE" in config:
         return _dense(flat, first, second, bias, activation, residual, y)
-    if config["SPLIT_K"] > 1 or "APART" in config:
+    if config["SPLIT_K"] > 1:
         parts = _parts(flat, first, config)
         _finish(
             parts, parts if second is None else _parts(flat, second, config), bias, activation, residual, y, second is not None
@@ -258,7 +258,7 @@ def _tiles(
     m, n = len(flat), first.rows
     args = (flat, *first.pointers, *other.pointers, *_or(flat, *ends), y, m, n, first.in_features, first.chunks)
     split = config["SPLIT_K"]
-    config = {name: value for name, value in config.items() if name not in ("SPLIT_K", "APART")}
+    config = {name: value for name, value in config.items() if name != "SPLIT_K"}
     if "WARPS" in config:
         grid = (cdiv(n, 16 * config["WARPS"]), cdiv(m, config["BLOCK_M"]), split)
         launch(several_kernel, grid, config, *args, flat.shape[1], split, **constants)
@@ -301,9 +301,8 @@ def _finish(
 
 
 def _parts(flat: Tensor, weight: Packed, config: dict[str, int]) -> Tensor:
-    """flat [M, K] @ weight.T, [SPLIT_K, M, N]: in float32 where K is split."""
-    split = config["SPLIT_K"]
-    parts = flat.new_empty((split, len(flat), weight.rows), dtype=flat.dtype if split == 1 else torch.float32)
+    """flat [M, K] @ weight.T, [SPLIT_K, M, N] in float32."""
+    parts = flat.new_empty((config["SPLIT_K"], len(flat), weight.rows), dtype=torch.float32)
     constants = {**_format(weight), **_format(weight, "2"), "GATED": False, "BIAS": False, "RESIDUAL": False, "ACT": 0}
     _tiles(flat, weight, weight, (None, None), parts, config, constants)
     return parts
