@@ -142,6 +142,23 @@ def test_sizes_change_without_a_storm(graphs):
     assert len(graphs) == 2  # one for the first sizes, one for all
 
 
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=needs_compiler)])
+def test_numbers_change_without_a_storm(codegen, graphs):
+    """A number that is no tensor's size, as a cache's own count of tokens is."""
+
+    class Counts(nn.Module):
+        def forward(self, x: Tensor, n: int) -> tuple[Tensor, int]:
+            return torch.where(torch.arange(8) < n, x * n, 0), n + 1
+
+    c = torch.compile(Counts(), backend="layerwise", options={"codegen": codegen})
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        for n in (3, 4, 5, 9, 17):
+            made, wanted = c(x, n), Counts()(x, n)
+            assert torch.equal(made[0], wanted[0]) and made[1] == n + 1
+    assert len(graphs) == 2  # one for the first number, one for all
+
+
 def test_twice_in_one_process(graphs):
     first, second = fresh_llama(layers=2), fresh_llama(layers=2, seed=1)
     a, b = compiled(first), compiled(second)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, fx
 
 from lwcompile.backends.dynamo import kept
-from lwcompile.backends.dynamo.capture import Captured, capture, source_of
+from lwcompile.backends.dynamo.capture import Captured, as_input, capture, source_of
 from lwcompile.backends.dynamo.options import Options
 from lwcompile.backends.dynamo.plan import apply
 from lwcompile.backends.inductor.codegen import missing_compiler
@@ -145,7 +145,7 @@ class Compiled:
                 self._thaw("a number that the model reads")
         if self.unfrozen is not None:
             return self.unfrozen(*arguments)
-        made = self.run([arguments[i] for i in self.inputs])
+        made = self.run([as_input(arguments[i]) for i in self.inputs])
         return tuple(made[at] if kind == "output" else arguments[at] if kind == "argument" else at for kind, at in self.results)
 
     def _thaw(self, what: str) -> None:
@@ -178,7 +178,7 @@ def _compare(module: fx.GraphModule, arguments: Sequence[Any], captured: Capture
         torch.manual_seed(0)
         wanted = list(module(*theirs))
         torch.manual_seed(0)
-        made = captured.graph.module()(*[mine[i] for i in captured.inputs])
+        made = captured.graph.module()(*[as_input(mine[i]) for i in captured.inputs])
     positions = {i.name: at for i, at in zip(captured.graph.inputs, captured.inputs)}
     pairs = [(made[captured.graph.outputs.index(o)], theirs[positions[i]]) for o, i in captured.writes.items()]
     pairs += [(made[at], value) for (kind, at), value in zip(captured.results, wanted) if kind == "output"]

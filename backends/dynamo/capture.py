@@ -58,7 +58,7 @@ def capture(module: fx.GraphModule, arguments: Sequence[Any]) -> Captured:
     from torch._guards import TracingContext, tracing
 
     placeholders = module.graph.find_nodes(op="placeholder")
-    fakes = _specialised([node.meta["example_value"] for node in placeholders])
+    fakes = [node.meta["example_value"] for node in placeholders]
     if devices := {v.device.type for v in fakes if isinstance(v, Tensor)} - {"cpu"}:
         raise Refused(f"the graph runs on {', '.join(sorted(devices))}, and rewriting is for the processor so far")
     context = TracingContext.try_get()
@@ -68,7 +68,7 @@ def capture(module: fx.GraphModule, arguments: Sequence[Any]) -> Captured:
         traced, signature = aot_export_module(given, fakes, trace_joint=False, pre_dispatch=True)
     writes = {output: _position(traced, target) for output, target in signature.user_inputs_to_mutate.items()}
     frozen = {i: value for i, value in stored_arguments(module, arguments).items() if i not in writes.values()}
-    made = _Builder(traced, placeholders, fakes, frozen).run(writes)  # type: ignore[arg-type]
+    made = _Builder(traced, placeholders, _counted(fakes, context), frozen).run(writes)  # type: ignore[arg-type]
     shared = _sharing(made.graph)
     canonicalize(made.graph)
     _keep_apart(made.graph, shared)
@@ -76,10 +76,28 @@ def capture(module: fx.GraphModule, arguments: Sequence[Any]) -> Captured:
     return made
 
 
-def _specialised(fakes: Sequence[Any]) -> list[Any]:
-    """Fix the numbers that are no tensor's size: dynamo then compiles another graph for another number."""
+def _counted(fakes: Sequence[Any], context: Any) -> list[Any]:
+    """With a tensor of that many elements for each free number that is no tensor's size: a graph reads numbers as sizes."""
     sizes = {str(s.node.expr) for v in fakes if isinstance(v, Tensor) for s in v.shape if isinstance(s, torch.SymInt)}
-    return [int(v) if isinstance(v, torch.SymInt) and str(v.node.expr) not in sizes else v for v in fakes]
+    made = list(fakes)
+    for i, value in enumerate(fakes):
+        if isinstance(value, torch.SymInt) and str(value.node.expr) not in sizes:
+            with context.fake_mode:
+                made[i] = Counted(torch.empty(value, dtype=torch.int8))
+            sizes.add(str(value.node.expr))
+    return made
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The fake tensor that stands for a number."""
+
+    value: Tensor
+
+
+def as_input(value: Any) -> Tensor:
+    """What a graph input takes for one of dynamo's arguments; see `_counted`."""
+    return value if isinstance(value, Tensor) else torch.empty(value, dtype=torch.int8)
 
 
 def _fix_numbers(module: fx.GraphModule, arguments: Sequence[Any]) -> dict[int, float]:
@@ -169,14 +187,17 @@ class _Builder:
                 name = self._fresh(_name(self.placeholders[i]))
                 self.values[node] = self.graph.create_node("get_attr", name)
                 self.tensors[name] = self.store.put(self.frozen[i])
-            elif isinstance(value, Tensor):
-                self.values[node] = self._input(i, value)
-                for dim, size in enumerate(value.shape):
+            elif isinstance(value, Tensor | Counted):
+                tensor = value if isinstance(value, Tensor) else value.value
+                self.values[node] = self._input(i, tensor)
+                for dim, size in enumerate(tensor.shape):
                     if isinstance(size, torch.SymInt):
                         sizes.setdefault(str(size.node.expr), (self.values[node], dim))
         for i, node in enumerate(given):
             value = self.fakes[i]
-            if isinstance(value, torch.SymInt):
+            if isinstance(value, Counted):
+                self.values[node] = self.graph.call_function(aten.sym_size.int, (self.values[node], 0))
+            elif isinstance(value, torch.SymInt):
                 self.values[node] = self.graph.call_function(aten.sym_size.int, sizes[str(value.node.expr)])
             elif not isinstance(value, Tensor):
                 self.values[node] = value
@@ -225,7 +246,7 @@ class _Builder:
         made.prune()
         by_position = dict(zip(self.positions, (i.name for i in self.inputs)))
         taken = {name: by_position[i] for name, i in zip(outputs, writes.values())}
-        examples = [self.fakes[i] for i in self.positions]
+        examples = [f.value if isinstance(f := self.fakes[i], Counted) else f for i in self.positions]
         return Captured(made, self.frozen, self.positions, examples, writes=taken, results=results)
 
 
