@@ -142,6 +142,33 @@ def test_sizes_change_without_a_storm(graphs):
     assert len(graphs) == 2  # one for the first sizes, one for all
 
 
+def test_weights_are_named_however_dynamo_reads_them():
+    """A module that was met before is read through its `__dict__`, as in Swin."""
+
+    from types import SimpleNamespace
+
+    from lwcompile.backends.dynamo.capture import _is_stored, _name
+
+    for middle in ("._modules['norm']", ".__dict__['_modules']['norm']"):
+        for last, stored in (("._buffers['w']", True), (".__dict__['_buffers']['w']", True), ("._parameters['w']", False)):
+            source = SimpleNamespace(name=f"L['self']._modules['blocks']._modules['0']{middle}{last}")
+            node: Any = SimpleNamespace(_dynamo_source=source)
+            assert _name(node) == "blocks.0.norm.w" and _is_stored(node, torch.ones(1)) is stored
+
+
+def test_a_graph_that_maps_a_function_is_left_to_torch(caplog, graphs):
+    """Tracing it fails within the map, which must not stay entered."""
+
+    class Maps(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(lambda row: (row * 2).cumsum(0))(x)
+
+    c, x = compiled(Maps()), torch.randn(3, 4)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "lwcompile"):
+        assert torch.equal(c(x), Maps()(x)) and torch.rand(2).shape == (2,)
+    assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0 and (graphs or "as it stands" in caplog.text)
+
+
 @pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=needs_compiler)])
 def test_numbers_change_without_a_storm(codegen, graphs):
     """A number that is no tensor's size, as a cache's own count of tokens is."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +65,7 @@ def capture(module: fx.GraphModule, arguments: Sequence[Any]) -> Captured:
     context = TracingContext.try_get()
     given = copy.deepcopy(module)
     numbers = _fix_numbers(given, arguments)
-    with tracing(TracingContext(context.fake_mode if context is not None else None)):
+    with tracing(TracingContext(context.fake_mode if context is not None else None)), _unwound():
         traced, signature = aot_export_module(given, fakes, trace_joint=False, pre_dispatch=True)
     writes = {output: _position(traced, target) for output, target in signature.user_inputs_to_mutate.items()}
     frozen = {i: value for i, value in stored_arguments(module, arguments).items() if i not in writes.values()}
@@ -74,6 +75,16 @@ def capture(module: fx.GraphModule, arguments: Sequence[Any]) -> Captured:
     _keep_apart(made.graph, shared)
     made.numbers = numbers
     return made
+
+
+@contextmanager
+def _unwound() -> Iterator[None]:
+    """Leave no transform of functorch's behind that the graph entered (vmap does) and, when it failed, did not leave."""
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    try:
+        yield
+    finally:
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
 def _counted(fakes: Sequence[Any], context: Any) -> list[Any]:
@@ -133,7 +144,9 @@ def stored_arguments(module: fx.GraphModule, arguments: Sequence[Any]) -> dict[i
 def _is_stored(node: fx.Node, value: Tensor) -> bool:
     """Parameters and buffers of modules, as long as a write into them can be noticed afterwards."""
     source = source_of(node)
-    return not value.is_inference() and (isinstance(value, torch.nn.Parameter) or "._buffers[" in source)
+    return not value.is_inference() and (
+        isinstance(value, torch.nn.Parameter) or re.search(r"_buffers('])?\[", source) is not None
+    )
 
 
 def source_of(node: fx.Node) -> str:
@@ -144,11 +157,14 @@ def source_of(node: fx.Node) -> str:
 
 
 def _name(node: fx.Node) -> str:
-    """`L['self']._modules['layers']._modules['0']._parameters['weight']` -> `layers.0.weight`; `L['ids']` -> `ids`."""
+    """`L['self']._modules['layers']._modules['0']._parameters['weight']` -> `layers.0.weight`; `L['ids']` -> `ids`.
+
+    A module that hides its own attributes is read through its `__dict__`: `...__dict__['_modules']['norm']`.
+    """
     source = source_of(node)
     words = re.findall(r"\['?([^\[\]']+)'?\]|\.([A-Za-z]\w*)", source)
-    path = [a or b for a, b in words]
-    stored = "._parameters[" in source or "._buffers[" in source
+    path = [word for a, b in words if (word := a or b) not in ("_modules", "_parameters", "_buffers")]
+    stored = re.search(r"_(parameters|buffers)('])?\[", source) is not None
     return ".".join(path[1:] if stored else path) or node.name
 
 
