@@ -11,7 +11,7 @@ Few queries are few programs. Where the table says how many there should be (PRO
 tile, and keys are split between programs, each with a softmax of its own; what they found is added up afterwards (FlashDecoding).
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import math
