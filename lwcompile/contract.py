@@ -385,12 +385,6 @@ class Code:
     tensors: tuple[Tensor, ...] = ()
     save: Callable[[Path], None] | None = None
 
-    def bound(self) -> Callable[[Sequence[Tensor]], Sequence[Any]]:
-        """The call from inputs alone."""
-        if not self.tensors:
-            return self.call
-        return lambda values: self.call([*self.tensors, *values])
-
 
 @dataclass(frozen=True)
 class Codegen(Pass):
@@ -430,6 +424,10 @@ class Codegen(Pass):
     def load(self, path: Path) -> Callable[[Sequence[Tensor]], Sequence[Any]]:
         """The `call` of code that was saved."""
         raise NotImplementedError
+
+    def bind(self, call: Callable[[Sequence[Tensor]], Sequence[Any]], tensors: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
+        """The call from inputs alone."""
+        return lambda values: call([*tensors, *values])
 
 
 def who_runs(graph: ModelGraph, executors: Mapping[str, str]) -> list[str]:

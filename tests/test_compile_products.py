@@ -349,7 +349,8 @@ def test_inductor_calls_the_operator_for_fixed_and_for_free_rows(dynamic):
             "example_value"
         ]
         seen.append(Inductor(products="packed").compile(graph, [example], {}))
-        return lambda *values: seen[-1].bound()([v for v in values if isinstance(v, Tensor)])
+        code = seen[-1]
+        return lambda *values: code.call([*code.tensors, *(v for v in values if isinstance(v, Tensor))])
 
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: x * 2, backend=compiler, dynamic=dynamic)

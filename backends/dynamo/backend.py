@@ -26,6 +26,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ from lwcompile.structure import find_structure
 
 log = logging.getLogger("lwcompile")
 _said: set[str] = set()
+
+_version = attrgetter("_version")
 
 HALF_TOLERANCE = 0.05
 """Relative to the largest output, in 16-bit types, where the same function rounds elsewhere."""
@@ -112,7 +115,7 @@ class Compiled:
         self.was_kept = entry is not None
         entry = entry or self._made(arguments, chosen, key)
         self.run, self.inputs, self.results = entry.run, entry.inputs, entry.results
-        self.frozen = [(i, arguments[i], arguments[i]._version, arguments[i].data_ptr()) for i in entry.frozen]
+        self.frozen = Frozen(arguments, entry.frozen)
         self.numbers = list(entry.numbers.items())
         self.unfrozen: Callable[..., Any] | None = None
         if self.lossy:
@@ -132,15 +135,13 @@ class Compiled:
         _say_who_runs(graph, codegen)
         if key is not None:
             kept.keep(key, captured, codegen, code)
-        return kept.Entry(code.bound(), sorted(captured.frozen), captured.numbers, captured.inputs, captured.results)
+        run = codegen.bind(code.call, code.tensors)
+        return kept.Entry(run, sorted(captured.frozen), captured.numbers, captured.inputs, captured.results)
 
     def __call__(self, *arguments: Any) -> Any:
         if self.unfrozen is None:
-            for i, tensor, version, place in self.frozen:
-                given = arguments[i]
-                if given is not tensor or given._version != version or given.data_ptr() != place:
-                    self._thaw("a weight")
-                    break
+            if self.frozen.changed(arguments):
+                self._thaw("a weight")
             if any(arguments[i].item() != number for i, number in self.numbers):
                 self._thaw("a number that the model reads")
         if self.unfrozen is not None:
@@ -158,8 +159,26 @@ class Compiled:
             f"{what} was changed after the model was compiled: from here on weights are inputs of the code, which is slower; "
             "call torch._dynamo.reset() to have the new ones compiled in"
         )
-        self.frozen, self.numbers = [], []
+        self.frozen, self.numbers = Frozen((), ()), []
         self.unfrozen = torch.compile(copy.deepcopy(self.module), backend=_plain())
+
+
+class Frozen:
+    """Arguments that are part of the code: looked at before every call, some hundreds of them, so by functions that loop in C."""
+
+    def __init__(self, arguments: Sequence[Any], positions: Sequence[int]) -> None:
+        self.positions = positions
+        self.taken = itemgetter(*positions, *positions[:1]) if positions else None  # of at least two, so that it gives a tuple
+        self.held = () if self.taken is None else self.taken(arguments)  # so that no other tensor has the id of one of them
+        self.state = self._state(arguments)
+
+    def changed(self, arguments: Sequence[Any]) -> bool:
+        """Whether one of them is another tensor, was written to, or lies elsewhere."""
+        return self.taken is not None and self._state(arguments) != self.state
+
+    def _state(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        tensors = () if self.taken is None else self.taken(arguments)
+        return tuple(map(id, tensors)), tuple(map(_version, tensors)), tuple(map(Tensor.data_ptr, tensors))
 
 
 def _unguard(module: fx.GraphModule, frozen: Sequence[int]) -> None:

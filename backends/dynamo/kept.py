@@ -123,8 +123,8 @@ def find(key: str, arguments: Sequence[Any]) -> Entry | None:
     folder = _folder(key)
     try:
         how = json.loads((folder / "how.json").read_text(encoding="utf-8"))
+        codegen: Codegen = make("codegens", how["codegen"])
         if key not in _loaded:
-            codegen: Codegen = make("codegens", how["codegen"])
             _loaded[key] = codegen.load(folder / "code")
         kept = {}
         if any(kind == "kept" for kind, _ in how["tensors"]):
@@ -137,7 +137,7 @@ def find(key: str, arguments: Sequence[Any]) -> Entry | None:
     except Exception as error:  # the pieces of a cache that another version wrote, or that something cut short
         log.info("kept code in %s cannot be used: %s", folder, error)
         return None
-    run = Code(_loaded[key], tensors).bound()
+    run = codegen.bind(_loaded[key], tensors)
     numbers = {int(at): number for at, number in how["numbers"].items()}
     return Entry(run, how["frozen"], numbers, how["inputs"], [(kind, at) for kind, at in how["results"]])
 

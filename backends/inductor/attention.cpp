@@ -69,11 +69,30 @@ struct Rows {
   const float* operator()(int64_t b, int64_t h, int64_t s) const { return data + b * batch + h * head + s * place; }
 };
 
+// The totals of 8 vectors.
+inline floats totals(const floats (&s)[LANES]) {
+  floats four[4], two[2];
+  for (int i = 0; i < 4; i++)
+    four[i] = __builtin_shufflevector(s[2 * i], s[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
+              __builtin_shufflevector(s[2 * i], s[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  for (int i = 0; i < 2; i++)
+    two[i] = __builtin_shufflevector(four[2 * i], four[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+             __builtin_shufflevector(four[2 * i], four[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+  return __builtin_shufflevector(two[0], two[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(two[0], two[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+// A query by 8 keys that lie `stride` apart, of which the last `LANES - count` are not there.
 template <int V>
-inline float dot(const float* a, const float* b) {
-  floats sum = load<floats>(a) * load<floats>(b);
-  for (int v = 1; v < V; v++) sum += load<floats>(a + v * LANES) * load<floats>(b + v * LANES);
-  return total(sum);
+inline floats dots(const float* query, const float* key, int64_t stride, int64_t count) {
+  floats sums[LANES];
+#pragma GCC unroll 8
+  for (int j = 0; j < LANES; j++) {
+    const float* from = key + (j < count ? j : 0) * stride;
+    sums[j] = load<floats>(query) * load<floats>(from);
+    for (int v = 1; v < V; v++) sums[j] += load<floats>(query + v * LANES) * load<floats>(from + v * LANES);
+  }
+  return totals(sums);
 }
 
 // One query of each of `shared` heads, V vectors wide, over T keys. scores: shared * T numbers of room, T rounded up to vectors.
@@ -82,26 +101,32 @@ void attend(const Rows& query, const Rows& key, const Rows& value, const Mask& m
             int64_t keys, float scale, float* scores, float* out, int64_t out_head) {
   const int64_t width = (keys + LANES - 1) / LANES * LANES;
   const float closed = -std::numeric_limits<float>::infinity();
-  std::vector<float> most(shared, closed);
-  for (int64_t t = 0; t < keys; t++) {
-    float open = 0;
+  for (int64_t t = 0; t < keys; t += LANES) {
+    const int64_t count = std::min<int64_t>(LANES, keys - t);
+    floats open = {};
     for (int64_t i = 0; i < shared; i++) {
-      if (i == 0 || mask.head != 0) open = mask(b, g * shared + i, s, t);
-      float& score = scores[i * width + t];
-      score = open == closed ? closed : dot<V>(query(b, g * shared + i, s), key(b, g, t)) * scale + open;
-      most[i] = std::max(most[i], score);
+      if (i == 0 || mask.head != 0)
+        for (int j = 0; j < LANES; j++) open[j] = j < count ? mask(b, g * shared + i, s, t + j) : closed;
+      floats score = all(closed);
+      if (largest(open) != closed) {
+        score = dots<V>(query(b, g * shared + i, s), key(b, g, t), key.place, count) * all(scale) + open;
+        score = open == all(closed) ? all(closed) : score;  // whatever lies in a key that is closed
+      }
+      store(scores + i * width + t, score);
     }
   }
   for (int64_t i = 0; i < shared; i++) {
     float* row = scores + i * width;
-    if (most[i] == closed) {  // nothing to read is 0, as torch has it
+    floats most = all(closed);
+    for (int64_t t = 0; t < width; t += LANES) most = larger(most, load<floats>(row + t));
+    const floats top = all(largest(most));
+    if (top[0] == closed) {  // nothing to read is 0, as torch has it
       std::fill(out + i * out_head, out + i * out_head + V * LANES, 0.0f);
       continue;
     }
-    std::fill(row + keys, row + width, closed);
     floats sum = {};
     for (int64_t t = 0; t < width; t += LANES) {
-      const floats weight = exponential(load<floats>(row + t) - all(most[i]));
+      const floats weight = exponential(load<floats>(row + t) - top);
       store(row + t, weight);
       sum += weight;
     }

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from lwcompile.backends.inductor import attention, products
 from lwcompile.backends.inductor.checked import Checked
 from lwcompile.backends.inductor.lower import lowered
+from lwcompile.backends.inductor.replay import Replayed
 from lwcompile.backends.inductor.ways import Choice
 from lwcompile.contract import Code, Codegen
 from lwcompile.graph import ModelGraph
@@ -112,6 +113,9 @@ class Inductor(Codegen):
 
         code = AOTCompiledArtifact.deserialize(path.read_bytes())
         return lambda values: code(*values)
+
+    def bind(self, call: Callable[[Sequence[Tensor]], Sequence[Any]], tensors: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
+        return Replayed(call, tensors)
 
 
 def _save(compiled: Any, path: Path) -> None:

@@ -1,0 +1,259 @@
+"""Calls that C++ makes again: what they compute, what they must not take for granted, and what is left to Python."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lwcompile.backends.inductor import replay, tape
+from lwcompile.backends.inductor.replay import Replayed
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the tape is C++")
+
+aten = torch.ops.aten
+W = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def library():
+    assert tape.unavailable() is None
+
+
+def inputs(seed: int) -> list[Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randn(4, 8, generator=random), torch.randn(4, 6, generator=random)]
+
+
+class Calls:
+    """A function whose calls are counted."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.count = function, 0
+
+    def __call__(self, values: Any) -> Any:
+        self.count += 1
+        with torch.no_grad():
+            return self.function(*values)
+
+
+def plain(w: Tensor, x: Tensor, y: Tensor) -> list[Any]:
+    made = aten.addmm(y, x, w)
+    parts = made.view(2, 2, 6).transpose(0, 1)
+    return [aten.relu(parts), made[1:, ::2], None, x]
+
+
+def twice(w: Tensor, x: Tensor, y: Tensor) -> list[Any]:
+    y.mul_(2.0)
+    row = aten.sum.dim_IntList(aten.mm(x, w), [0], True)
+    return [aten.add(y, row, alpha=3), aten.leaky_relu(row, 1), aten.mean(row)]
+
+
+def check(function: Any, replayed: Any, calls: Calls, rounds: int = 6) -> None:
+    for seed in range(rounds):
+        mine, theirs = inputs(seed), inputs(seed)
+        made, wanted = replayed(mine), function(W, *theirs)
+        assert len(made) == len(wanted)
+        for a, b in zip([*made, *mine], [*wanted, *theirs]):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("function", [plain, twice])
+def test_the_same_values_without_a_call(function):
+    calls = Calls(function)
+    check(function, Replayed(calls, [W]), calls)
+    assert calls.count == 3  # the first, the one that is recorded, the one that proves it
+
+
+def test_outputs_are_the_caller_s_own():
+    replayed = Replayed(Calls(lambda w, x, y: [aten.mm(x, w)]), [W])
+    made = [replayed(inputs(seed))[0] for seed in range(6)]
+    assert all(torch.equal(m, inputs(seed)[0] @ W) for seed, m in enumerate(made))
+    assert len({m.data_ptr() for m in made}) == 6
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.sampled_from(["mm", "add", "view", "slice", "relu_", "mul", "sum"]), min_size=1, max_size=12),
+    st.integers(0, 99),
+)
+def test_any_order_of_operators(steps, seed):
+    def function(w: Tensor, x: Tensor, y: Tensor) -> list[Any]:
+        for step in steps:
+            if step == "mm":
+                y = aten.mm(x, w)
+            elif step == "add":
+                y = aten.add(y, x[:, :6])
+            elif step == "view":
+                y = y.reshape(2, 12).view(4, 6)
+            elif step == "slice":
+                x = torch.as_strided(x, x.shape, x.stride(), 0)
+            elif step == "relu_":
+                y = aten.relu_(y)
+            elif step == "mul":
+                x = aten.mul(x, 0.5)
+            else:
+                y = aten.sub(y, aten.sum.dim_IntList(y, []))
+        return [x, y, y[:, 1:]]
+
+    calls = Calls(function)
+    check(function, Replayed(calls, [W]), calls, rounds=5)
+    assert calls.count == 3
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda w, x, y: [aten.mul(x, x.sum().item())], "something else than tensors"),
+        (lambda w, x, y: [torch.cat([x, y], 1)], "list of tensors"),
+        (lambda w, x, y: [x.view(torch.int32) + 1], "two types"),
+        (lambda w, x, y: [x + 1, 3], "something else than tensors"),
+    ],
+)
+def test_what_is_not_understood_stays_python_s(function, why, caplog):
+    caplog.set_level(logging.INFO, "lwcompile")
+    calls = Calls(function)
+    replayed = Replayed(calls, [W])
+    for seed in range(4):
+        made, wanted = replayed(inputs(seed)), function(W, *inputs(seed))
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(made, wanted))
+    assert calls.count == 4
+    assert "stay Python's" in caplog.text and why in caplog.text
+
+
+def test_inputs_that_share_memory_stay_python_s():
+    calls = Calls(lambda w, x, y: [x + y])
+    replayed = Replayed(calls, [W])
+    for _ in range(4):
+        x = torch.randn(4, 4)
+        assert torch.equal(replayed([x, x[:]])[0], x + x)
+    assert calls.count == 4
+
+
+def test_inputs_of_another_form_are_python_s():
+    calls = Calls(lambda w, x, y: [aten.mm(x, w)])
+    replayed = Replayed(calls, [W])
+    for seed in range(5):
+        replayed(inputs(seed))
+    x = torch.randn(8, 4).t()
+    assert torch.equal(replayed([x, inputs(0)[1]])[0], x @ W) and calls.count == 4
+    assert torch.equal(replayed(inputs(9))[0], inputs(9)[0] @ W) and calls.count == 4
+
+
+def test_a_tape_that_leaves_something_out_is_found(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "lwcompile")
+    whole = tape.Tape._operator
+
+    def partly(self: Any, func: Any, args: Any, kwargs: Any, made: Any) -> None:
+        if func is not aten.relu.default:  # its result is taken for a buffer that something filled
+            whole(self, func, args, kwargs, made)
+
+    monkeypatch.setattr(tape.Tape, "_operator", partly)
+    calls = Calls(lambda w, x, y: [aten.mm(aten.relu(x), w)])
+    replayed = Replayed(calls, [W])
+    x = inputs(0)  # the same inputs each time: what is left over from the call before would be right
+    for _ in range(5):
+        assert torch.equal(replayed(x)[0], x[0].relu() @ W)
+    assert calls.count == 5 and "it differs by" in caplog.text
+
+
+def test_many_buffers_stay_python_s(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "lwcompile")
+    monkeypatch.setattr(tape, "LIMIT", 10)
+    kept = torch.zeros(100)
+    calls = Calls(lambda w, x, y: [aten.add(x, kept[0])])
+    replayed = Replayed(calls, [W])
+    for _ in range(4):
+        replayed(inputs(0))
+    assert calls.count == 4 and "buffers take" in caplog.text
+
+
+def test_an_operator_that_raises_leaves_the_tape_usable():
+    calls = Calls(lambda w, x, y: [aten.index_select(w, 0, x)])
+    replayed = Replayed(calls, [W])
+    for seed in range(5):
+        replayed([torch.tensor([seed]), torch.randn(3)])
+    with pytest.raises((IndexError, RuntimeError), match="out of range"):
+        replayed([torch.tensor([99]), torch.randn(3)])
+    assert torch.equal(replayed([torch.tensor([2]), torch.randn(3)])[0], W[2:3]) and calls.count == 3
+
+
+def test_threads_do_not_meet():
+    replayed = Replayed(Calls(lambda w, x, y: [aten.relu(aten.mm(x, w))]), [W])
+    wrong: list[int] = []
+
+    def many(first: int) -> None:
+        for seed in range(first, first + 200):
+            x = inputs(seed)
+            if not torch.equal(replayed(x)[0], (x[0] @ W).relu()):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=many, args=(1000 * i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class Counting(nn.Module):
+    """Products, a norm, and a buffer that every call writes to."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.register_buffer("count", torch.zeros(3, 16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        made = self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+        self.count.add_(made)
+        return x + made, self.count.sum()
+
+
+def test_inductor_s_kernels_are_recorded(monkeypatch, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "lwcompile")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    model = Counting().eval()
+    wanted = copy.deepcopy(model)
+    with torch._inductor.config.patch(compile_threads=1, cpp_cache_precompile_headers=False), torch.no_grad():
+        compiled = torch.compile(model, backend="layerwise")
+        for seed in range(7):
+            x = torch.randn(3, 16, generator=torch.Generator().manual_seed(seed))
+            for a, b in zip(compiled(x), wanted(x)):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(model.count, wanted.count, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+    said = [r.getMessage() for r in caplog.records if "without Python from here on" in r.getMessage()]
+    assert len(said) == 1 and " 0 kernels" not in said[0]
+
+
+def test_without_a_compiler_nothing_changes(monkeypatch):
+    monkeypatch.setattr(replay, "built", lambda: "no compiler")
+    calls = Calls(plain)
+    check(plain, Replayed(calls, [W]), calls, rounds=5)
+    assert calls.count == 5
+
+
+def test_calls_do_not_wait_for_the_library(monkeypatch):
+    done = threading.Event()
+    monkeypatch.setattr(replay, "_builder", [])
+    monkeypatch.setattr(replay, "unavailable", lambda: done.wait(60) and None)
+    calls = Calls(plain)
+    replayed = Replayed(calls, [W])
+    check(plain, replayed, calls, rounds=4)
+    assert calls.count == 4
+    done.set()
+    replay._builder[0].join()
+    check(plain, replayed, calls)
+    assert calls.count == 6
