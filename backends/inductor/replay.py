@@ -38,6 +38,7 @@ class Replayed:
     def __init__(self, call: Callable[[Sequence[Tensor]], Sequence[Any]], stored: Sequence[Tensor]) -> None:
         self.call, self.stored = call, list(stored)
         self.next: Callable[[Sequence[Any]], Sequence[Any]] = self._first
+        self.replays = False
 
     def __call__(self, values: Sequence[Any]) -> Sequence[Any]:
         return self.next(values)
@@ -75,6 +76,7 @@ class Replayed:
         else:
             log.info("calls of a graph are made without Python from here on: %s", tape)
             self._go(partial(self._replay, tape))
+            self.replays = True
         return made
 
     def _replay(self, tape: Tape, inputs: Sequence[Any]) -> Sequence[Any]:
