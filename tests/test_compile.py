@@ -278,6 +278,27 @@ def test_a_changed_weight_is_noticed(change, graphs, caplog):
     assert relative_error(after, logits(c, x)) < 1e-5 and graphs[-1].unfrozen is None
 
 
+def doubled(model: nn.Module) -> nn.Module:
+    import copy
+
+    made = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(1.25)
+    return made
+
+
+def test_another_model_of_the_class_does_not_disturb_the_first(graphs, caplog):
+    first, x = fresh_llama(layers=2), ids(2, 9)
+    second = doubled(first)
+    a, b = compiled(first), compiled(second)
+    with caplog.at_level(logging.WARNING, "lwcompile"):
+        for c, model in ((a, first), (b, second), (a, first), (b, second)):
+            assert relative_error(logits(model, x), logits(c, x)) < 1e-5
+    assert len(graphs) == 1 and graphs[0].unfrozen is None and "a weight was changed" not in caplog.text
+    assert caplog.text.count("another model of a class") == 1
+
+
 def test_a_write_that_torch_does_not_count_is_read_in_place(graphs):
     model, x = fresh_llama(layers=2), ids(2, 9)
     c = compiled(model)
@@ -496,6 +517,23 @@ def test_a_weight_that_changes_under_a_plan_is_an_error(small, how):
             up.weight = torch.nn.Parameter(up.weight.clone() if how == "another" else torch.zeros(8, 32))
     with pytest.raises(Exception, match="a weight was changed after the model was compiled under a plan"):
         logits(c, x)
+
+
+def test_two_models_of_a_class_under_one_plan(graphs):
+    """Each is compressed from its own weights."""
+    from lwcompile.plans import Plan
+    from lwcompile.spec import Spec
+
+    first, x = fresh_llama(layers=2), ids(2, 9)
+    second = doubled(first)
+    plan = Plan({"block1.mlp.up_proj": (Spec.parse("quantize{bits=4,group_size=16,solver=rtn}"),)})
+    pairs = [(compiled(model, plan=plan), model) for model in (first, second)]
+    made = [logits(c, x) for c, _ in (*pairs, *pairs)]
+    assert len(graphs) == 2 and torch.equal(made[0], made[2]) and torch.equal(made[1], made[3])
+    for c, (_, model) in zip(made, pairs):
+        assert 1e-4 < relative_error(logits(model, x), c) < 0.2
+    torch._dynamo.reset()
+    assert torch.equal(logits(compiled(second, plan=plan), x), made[1])
 
 
 # --- onnxruntime

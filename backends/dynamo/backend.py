@@ -118,8 +118,10 @@ class Compiled:
         self.frozen = Frozen(arguments, entry.frozen)
         self.numbers = list(entry.numbers.items())
         self.unfrozen: Callable[..., Any] | None = None
+        self.others: Callable[..., Any] | None = None
         if self.lossy:
             _unguard(module, entry.frozen)
+            _tell_apart(module, entry.frozen)
 
     def _made(self, arguments: Sequence[Any], chosen: Options, key: str | None) -> kept.Entry:
         try:
@@ -141,6 +143,8 @@ class Compiled:
     def __call__(self, *arguments: Any) -> Any:
         if self.unfrozen is None:
             if self.frozen.changed(arguments):
+                if self.frozen.foreign(arguments) and not self.lossy:
+                    return self._other(*arguments)
                 self._thaw("a weight")
             if any(arguments[i].item() != number for i, number in self.numbers):
                 self._thaw("a number that the model reads")
@@ -148,6 +152,16 @@ class Compiled:
             return self.unfrozen(*arguments)
         made = self.run([as_input(arguments[i]) for i in self.inputs])
         return tuple(made[at] if kind == "output" else arguments[at] if kind == "argument" else at for kind, at in self.results)
+
+    def _other(self, *arguments: Any) -> Any:
+        """Another model of this class, which dynamo takes for this one."""
+        if self.others is None:
+            _warn(
+                "another model of a class that was compiled before is called: its weights are inputs of its code, which is slower; "
+                "compile it with options of its own, as {'codegen': 'inductor'}, to have them compiled in"
+            )
+            self.others = torch.compile(copy.deepcopy(self.module), backend=_plain())
+        return self.others(*arguments)
 
     def _thaw(self, what: str) -> None:
         if self.lossy:
@@ -176,6 +190,10 @@ class Frozen:
         """Whether one of them is another tensor, was written to, or lies elsewhere."""
         return self.taken is not None and self._state(arguments) != self.state
 
+    def foreign(self, arguments: Sequence[Any]) -> bool:
+        """Whether all of them are other tensors."""
+        return self.taken is not None and not {*map(id, self.held)} & {*map(id, self.taken(arguments))}
+
     def _state(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         tensors = () if self.taken is None else self.taken(arguments)
         return tuple(map(id, tensors)), tuple(map(_version, tensors)), tuple(map(Tensor.data_ptr, tensors))
@@ -188,6 +206,22 @@ def _unguard(module: fx.GraphModule, frozen: Sequence[int]) -> None:
     if (context := torch._guards.TracingContext.try_get()) is not None:
         guards = context.guards_context.dynamo_guards
         guards.inner = {g for g in guards.inner if g.create_fn_name() != "TENSOR_MATCH" or str(g.name) not in names}
+
+
+def _tell_apart(module: fx.GraphModule, frozen: Sequence[int]) -> None:
+    """Have dynamo compile another model of the same class anew: to dynamo weights are inputs, and it would take this code for both."""
+    context = torch._guards.TracingContext.try_get()
+    source = getattr(module.graph.find_nodes(op="placeholder")[frozen[0]], "_dynamo_source", None) if frozen else None
+    if context is None or source is None:
+        return
+    while hasattr(source, "base"):
+        source = source.base
+    context.guards_context.dynamo_guards.add(source.make_guard(_is_this_module))
+
+
+def _is_this_module(builder: Any, guard: Any) -> None:
+    if isinstance(builder.get(guard), torch.nn.Module):
+        builder.ID_MATCH(guard)
 
 
 def _compare(module: fx.GraphModule, arguments: Sequence[Any], captured: Captured) -> None:
