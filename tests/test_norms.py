@@ -429,13 +429,10 @@ def test_a_language_model_runs_from_its_file(option: Any, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["smollm2", "minilm", "dinov2"])
 def test_the_real_models_norms(name: str, tmp_path: Path) -> None:
-    from test_real import _in_order, real
+    from test_real import _in_order, real, real_program
     from test_real import example as real_example
 
-    from lwcompile import pipeline
-
-    source = real(name)
-    program, given = pipeline.capture(source), real_example(source, rows=2)
+    program, given = real_program(name), real_example(real(name), rows=2)
     if name == "smollm2":
         given["attention_mask"] = torch.ones_like(given["attention_mask"])
         given["position_ids"] = torch.arange(24).expand(2, 24).contiguous()

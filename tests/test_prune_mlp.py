@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_drop import build, capture, outputs_differ
-from test_real import _in_order, example, real
+from test_real import _in_order, example, real, real_program
 from tiny import calibration, ids, llama, llama_program
 from torch import nn
 
@@ -24,7 +24,6 @@ from lwcompile.manager import Manager, relative_error
 from lwcompile.metric import Kl, sample_labels
 from lwcompile.passes.transform._neurons import find_mlp, taylor_scores
 from lwcompile.passes.transform.prune_mlp import PruneMlp
-from lwcompile.pipeline import capture as capture_program
 from lwcompile.plans import Plan
 from lwcompile.program import Program
 from lwcompile.recipe import Recipe
@@ -204,8 +203,8 @@ def test_solvers_know_what_the_kept_neurons_put_out() -> None:
 
 
 def test_pruning_the_real_model_equals_the_module_with_rows_and_columns_deleted() -> None:
-    source = real("smollm2")
-    program, model = capture_program(source), source.model
+    program, source = real_program("smollm2"), real("smollm2")
+    model = source.model
     site = find_structure(program).sites["block7.mlp"]
     changed = program.copy()
     ctx = Context(program=program, structure=find_structure(program))

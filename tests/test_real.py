@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,25 @@ RECIPE = pipeline.Settings(recipe="fast").resolved().with_(
 )  # fmt: skip
 
 
-def real(name: str) -> Source:
+@cache
+def _opened(name: str) -> Source:
     try:
         path = WHEELS[name]()
     except BadInput as error:
         pytest.skip(str(error))
     return open_source(path, image_size=84) if name == "dinov2" else open_source(path)
+
+
+def real(name: str) -> Source:
+    """A copy, whose module a test may edit: reading a file takes as long as many tests."""
+    return copy.deepcopy(_opened(name))
+
+
+@cache
+def real_program(name: str) -> Program:
+    """For tests that leave it as it is."""
+    source = _opened(name)
+    return pipeline.capture(source if name == "dinov2" else WHEELS[name]())  # from its folder, with the tokenizer
 
 
 def example(source: Source, rows: int = 2) -> dict[str, Tensor]:
@@ -64,7 +79,7 @@ def by_hand(name: str, model: Any, attention: int, mlp: int) -> None:
 @pytest.mark.parametrize("name", WHEELS)
 def test_dropping_equals_the_real_module_with_it_removed(name):
     source = real(name)
-    program, inputs = pipeline.capture(source), example(source)
+    program, inputs = real_program(name), example(source)
     dropped = drop(program, ["block4.attention", "block2.mlp"])
     assert isinstance(source.model, torch.nn.Module)
     by_hand(name, source.model, 4, 2)
@@ -85,7 +100,7 @@ def test_a_real_encoder_comes_back_from_its_file(name, tmp_path):
     ort = pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
     source = real(name)
-    program = pipeline.capture(source if name == "dinov2" else WHEELS[name]())  # from its folder, with the tokenizer
+    program = real_program(name)
     inputs, recipe = example(source, rows=3), RECIPE
     if name == "dinov2":
         from safetensors.torch import save_file
@@ -120,7 +135,7 @@ def test_chat_compares_the_real_compressed_model_with_the_dense_one(tmp_path, ca
     coarse = (Spec.parse("quantize{bits=2,group_size=64,solver=rtn}"),)
     plan = Plan({f"block{i}.mlp.down_proj": coarse for i in range(0, 30, 3)})
     recipe = RECIPE.with_(analyses=[Spec.parse("fisher{tokens=64}")], options=dict(plan.choices), evaluation={"samples": 4})
-    pipeline.compress(pipeline.capture(path), tmp_path / "small", plan=plan, recipe=recipe, run_dir=tmp_path / "run")
+    pipeline.compress(real_program("smollm2"), tmp_path / "small", plan=plan, recipe=recipe, run_dir=tmp_path / "run")
     line = ["chat", str(tmp_path / "small"), "--compare", path, "--prompt", "What is a compiler?", "--max-tokens", "12", "--json"]
     assert cli.run(line) == 0
     said = json.loads(capsys.readouterr().out)

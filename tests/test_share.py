@@ -12,11 +12,9 @@ import pytest
 import tiny
 import torch
 from test_drop import build, capture, outputs_differ
-from test_real import WHEELS
 from tiny import llama_program
 from torch import nn
 
-from lwcompile import pipeline
 from lwcompile.apply import SequentialPrefix, apply_plan, places
 from lwcompile.choices import Damages, build_table, offer
 from lwcompile.context import Context
@@ -362,9 +360,9 @@ def test_what_a_shared_weight_carries_does_its_damage_twice() -> None:
 
 def test_sharing_equals_the_trained_module_copied_by_hand() -> None:
     """SmolLM2: a block with its own norms, an MLP re-used with its norm, a whole residual."""
-    from test_real import _in_order, example, real
+    from test_real import _in_order, example, real, real_program
 
-    source, program = real("smollm2"), pipeline.capture(WHEELS["smollm2"]())
+    source, program = real("smollm2"), real_program("smollm2")
     assert isinstance(source.model, nn.Module)
     inputs = _in_order(program, {**example(source), "use_cache": False})
     steps = (("block12", Share()), ("block20.mlp", Share(-1, "source")))

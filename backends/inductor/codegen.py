@@ -32,7 +32,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Inductor(Codegen):
-    """torch's own compiler. Needs a C++ compiler on CPU.
+    """torch's own compiler. Needs a C++ compiler on CPU. Calls of a graph of fixed sizes are made without Python from the fourth on.
 
     Options:
         freezing: weights become constants, packed for the processor's products: some products gain, compiling takes longer, and
