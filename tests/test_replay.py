@@ -1,5 +1,7 @@
 """Calls that C++ makes again: what they compute, what they must not take for granted, and what is left to Python."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import copy
@@ -165,15 +167,15 @@ def test_a_tape_that_leaves_something_out_is_found(monkeypatch, caplog):
     assert calls.count == 5 and "it differs by" in caplog.text
 
 
-def test_many_buffers_stay_python_s(monkeypatch, caplog):
+@pytest.mark.parametrize(("limit", "why"), [("LIMIT", "buffers and outputs take"), ("INPUTS", "inputs take")])
+def test_many_bytes_stay_python_s(limit, why, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "lwcompile")
-    monkeypatch.setattr(tape, "LIMIT", 10)
-    kept = torch.zeros(100)
-    calls = Calls(lambda w, x, y: [aten.add(x, kept[0])])
+    monkeypatch.setattr(tape, limit, 10)
+    calls = Calls(lambda w, x, y: [aten.add(x, 1.0)])
     replayed = Replayed(calls, [W])
-    for _ in range(4):
-        replayed(inputs(0))
-    assert calls.count == 4 and "buffers take" in caplog.text
+    for seed in range(4):
+        assert torch.equal(replayed(inputs(seed))[0], inputs(seed)[0] + 1)
+    assert calls.count == 4 and why in caplog.text
 
 
 def test_an_operator_that_raises_leaves_the_tape_usable():

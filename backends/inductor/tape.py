@@ -23,8 +23,9 @@ from lwcompile.backends.inductor.native import load
 
 SOURCE = Path(__file__).with_name("tape.cpp")
 
-LIMIT = 64 << 20
-"""Bytes of buffers past which a tape is not kept: calls that fill as many take longer than Python does."""
+LIMIT, INPUTS = 64 << 20, 1 << 30
+"""Bytes of buffers and outputs past which a tape is not kept, since calls that fill as many take longer than Python does; and of inputs
+(caches), which are copied once to prove it."""
 
 
 @cache
@@ -51,6 +52,9 @@ class Tape(TorchDispatchMode):
         if not all(isinstance(v, Tensor) and v.is_cpu and v.layout is torch.strided for v in values):
             self.refused = "not all that it takes are tensors on the processor"
             return
+        if (nbytes := sum(v.nbytes for v in inputs)) > INPUTS:
+            self.refused = f"its inputs take {nbytes / 2**20:.0f} MB"
+            return
         self.made = torch.classes.lwcompile.Tape(list(stored), list(inputs))  # type: ignore[attr-defined]
         for slot, value in enumerate(values):
             if slot >= len(stored) and _memory(value) in self.homes:
@@ -68,8 +72,9 @@ class Tape(TorchDispatchMode):
         with _kernels_seen_by(self), self:
             made = call()
         self._note(partial(self._finish, made))
-        if self.refused is None and self.nbytes > LIMIT:
-            self.refused = f"its buffers take {self.nbytes / 2**20:.0f} MB"
+        nbytes = self.nbytes + sum(value.nbytes for value in made if isinstance(value, Tensor))
+        if self.refused is None and nbytes > LIMIT:
+            self.refused = f"its buffers and outputs take {nbytes / 2**20:.0f} MB"
         self.alive.clear()
         self.homes.clear()
         self.views.clear()
