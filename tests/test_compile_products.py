@@ -196,9 +196,12 @@ def test_attention_of_few_queries(shape, kind):
     )
     mask = random(batch, 1, queries, keys, seed=2) > 0
     mask[0, :, 0] = False  # nothing to read: 0
+    mask[..., -3:] = False
     given = None if kind is None else mask if kind is torch.bool else torch.where(mask, 0.0, -torch.inf)
     exact = given.double() if given is not None and kind is torch.float32 else given
     wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), exact, enable_gqa=heads != kept)
+    if given is not None:
+        k[:, :, -3:], v[:, :, -3:] = torch.nan, torch.inf  # what lies in a cache's free places is nobody's
     made = torch.ops.lwcompile.few_attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, given, width**-0.5)
     assert relative_error(wanted, made) < 2e-6
 
@@ -349,8 +352,8 @@ def test_inductor_calls_the_operator_for_fixed_and_for_free_rows(dynamic):
             "example_value"
         ]
         seen.append(Inductor(products="packed").compile(graph, [example], {}))
-        code = seen[-1]
-        return lambda *values: code.call([*code.tensors, *(v for v in values if isinstance(v, Tensor))])
+        run = Inductor().bind(seen[-1].call, seen[-1].tensors)
+        return lambda *values: run([v for v in values if isinstance(v, Tensor)])
 
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: x * 2, backend=compiler, dynamic=dynamic)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lwcompile.backends.inductor import replay, tape
+from lwcompile.backends.inductor.codegen import Inductor
 from lwcompile.backends.inductor.replay import Replayed
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the tape is C++")
@@ -68,11 +69,27 @@ def check(function: Any, replayed: Any, calls: Calls, rounds: int = 6) -> None:
             assert (a is None and b is None) or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("function", [plain, twice])
-def test_the_same_values_without_a_call(function):
+def test_the_same_values_without_a_call(function, mode):
+    calls = Calls(function)
+    with mode():
+        check(function, Replayed(calls, [W]), calls)
+    assert calls.count == 3  # the first, the one that is recorded, the one that proves it
+
+
+@torch.library.custom_op("lwcompile_tests::tripled", mutates_args=())
+def tripled(x: Tensor) -> Tensor:
+    return 3 * x
+
+
+def test_an_operator_in_python_is_called_from_there():
+    def function(w: Tensor, x: Tensor, y: Tensor) -> list[Any]:
+        return [torch.ops.lwcompile_tests.tripled(aten.mm(x, w))]
+
     calls = Calls(function)
     check(function, Replayed(calls, [W]), calls)
-    assert calls.count == 3  # the first, the one that is recorded, the one that proves it
+    assert calls.count == 3
 
 
 def test_outputs_are_the_caller_s_own():
@@ -150,21 +167,67 @@ def test_inputs_of_another_form_are_python_s():
     assert torch.equal(replayed(inputs(9))[0], inputs(9)[0] @ W) and calls.count == 4
 
 
-def test_a_tape_that_leaves_something_out_is_found(monkeypatch, caplog):
+LEFT_OUT = {
+    "floats": (aten.relu.default, lambda w, x, y: [aten.mm(aten.relu(x), w)]),
+    "numbers": (aten.argmax.default, lambda w, x, y: [aten.mul(aten.argmax(x, 1), 2)]),
+    "truths": (aten.gt.Scalar, lambda w, x, y: [aten.bitwise_or(aten.gt(x, 0.0), aten.lt(x, -1.0))]),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT_OUT)
+def test_a_tape_that_leaves_something_out_is_found(kind, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "lwcompile")
+    left_out, function = LEFT_OUT[kind]
     whole = tape.Tape._operator
 
     def partly(self: Any, func: Any, args: Any, kwargs: Any, made: Any) -> None:
-        if func is not aten.relu.default:  # its result is taken for a buffer that something filled
+        if func is not left_out:  # its result is taken for a buffer that something filled
             whole(self, func, args, kwargs, made)
 
     monkeypatch.setattr(tape.Tape, "_operator", partly)
-    calls = Calls(lambda w, x, y: [aten.mm(aten.relu(x), w)])
+    calls = Calls(function)
     replayed = Replayed(calls, [W])
     x = inputs(0)  # the same inputs each time: what is left over from the call before would be right
     for _ in range(5):
-        assert torch.equal(replayed(x)[0], x[0].relu() @ W)
+        assert torch.equal(replayed(x)[0], function(W, *x)[0])
     assert calls.count == 5 and "it differs by" in caplog.text
+
+
+def test_a_tape_that_raises_is_left(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "lwcompile")
+
+    def broken(self: Any, given: Any) -> Any:
+        raise RuntimeError("no such slot")
+
+    monkeypatch.setattr(tape.Tape, "run", broken)
+    calls = Calls(plain)
+    check(plain, Replayed(calls, [W]), calls)
+    assert calls.count == 6 and "replayed, it raises RuntimeError" in caplog.text
+
+
+def test_a_tape_in_use_is_not_spoiled(monkeypatch):
+    """By a thread that came for the proof when another had it done, or has it in hand."""
+    calls = Calls(lambda w, x, y: [aten.relu(aten.mm(x, w))])
+    replayed = Replayed(calls, [W])
+    for seed in range(2):
+        replayed(inputs(seed))
+    late = replayed.next
+    with replay._alone:
+        assert torch.equal(replayed(inputs(2))[0], (inputs(2)[0] @ W).relu()) and replayed.next == late
+    replayed(inputs(3))
+    assert replayed.replays
+    monkeypatch.setattr(tape.Tape, "spoil", lambda self: pytest.fail("spoiled"))
+    assert torch.equal(late(inputs(4))[0], (inputs(4)[0] @ W).relu()) and replayed.replays
+
+
+def test_kernels_called_in_an_unknown_way_are_not_followed(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "lwcompile")
+    module = type("Generated", (), {})()
+    module.cpp_fused_add_0 = lambda *tensors: None
+    monkeypatch.setattr(tape, "_modules", lambda: [module])
+    calls = Calls(plain)
+    check(plain, Replayed(calls, [W]), calls)
+    assert calls.count == 6 and "in a way that is not known" in caplog.text
 
 
 @pytest.mark.parametrize(("limit", "why"), [("LIMIT", "buffers and outputs take"), ("INPUTS", "inputs take")])
@@ -235,6 +298,7 @@ def test_inductor_s_kernels_are_recorded(monkeypatch, tmp_path, caplog):
             for a, b in zip(compiled(x), wanted(x)):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(model.count, wanted.count, rtol=1e-5, atol=1e-5)
+        assert not isinstance(Inductor(replay=False).bind(lambda values: values, []), Replayed)
     torch._dynamo.reset()
     said = [r.getMessage() for r in caplog.records if "without Python from here on" in r.getMessage()]
     assert len(said) == 1 and " 0 kernels" not in said[0]

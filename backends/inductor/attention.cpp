@@ -2,7 +2,7 @@
 //
 //     query [B, H, S, D], key and value [B, H / n, T, D], mask bool or float [B or 1, H or 1, S or 1, T] or absent -> [B, H, S, D]
 //
-// Each key and value is read once for the n heads that share it, and not at all where the mask closes it for all of them.
+// Keys are read eight at a time, and no eight that the mask closes; values only where it is open.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

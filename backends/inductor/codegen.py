@@ -32,7 +32,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Inductor(Codegen):
-    """torch's own compiler. Needs a C++ compiler on CPU. Calls of a graph of fixed sizes are made without Python from the fourth on.
+    """torch's own compiler. Needs a C++ compiler on CPU.
 
     Options:
         freezing: weights become constants, packed for the processor's products: some products gain, compiling takes longer, and
@@ -41,6 +41,7 @@ class Inductor(Codegen):
         activations: `int8` lets products of 2- and 4-bit weights round their input to int8, in blocks of 32 numbers, where that is faster,
             and round what that left once more in blocks that are large in their row. It moves a product's outputs by about 0.5 % of the
             largest; the first call is compared with the graph, and the log says what it moved. `float32` rounds nothing.
+        replay: calls of a graph of fixed sizes are recorded once, proven once, and made without Python from the fourth on.
     """
 
     name: ClassVar[str] = "inductor"
@@ -49,6 +50,7 @@ class Inductor(Codegen):
     freezing: bool = False
     products: products.Wanted = "measured"
     activations: Literal["float32", "int8"] = "float32"
+    replay: bool = True
 
     def unavailable(self) -> str | None:
         return missing_compiler()
@@ -115,7 +117,7 @@ class Inductor(Codegen):
         return lambda values: code(*values)
 
     def bind(self, call: Callable[[Sequence[Tensor]], Sequence[Any]], tensors: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
-        return Replayed(call, tensors)
+        return Replayed(call, tensors) if self.replay else super().bind(call, tensors)
 
 
 def _save(compiled: Any, path: Path) -> None:

@@ -6,12 +6,11 @@ with where their arguments came from. The third is made both ways and compared, 
 buffers spoiled before, so that nothing can pass that is not computed anew. From the fourth on C++ makes the calls (tape.cpp).
 
 Where arguments come in another form than those recorded, or another thread is in the middle of a call, Python makes it as before.
-What cannot be recorded is left as it is, and the log says why: numbers read out of tensors, lists of tensors, many buffers.
+What cannot be recorded is left as it is, and the log says why: numbers read out of tensors, lists of tensors, many bytes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ TOLERANCE = 1e-5
 """What a replayed call may differ by, relative to the largest output: sums may be parted in another way where memory is aligned
 differently."""
 
-_recording, _building = threading.Lock(), threading.Lock()
+_alone, _building = threading.Lock(), threading.Lock()
 
 
 class Replayed:
@@ -38,10 +37,14 @@ class Replayed:
     def __init__(self, call: Callable[[Sequence[Tensor]], Sequence[Any]], stored: Sequence[Tensor]) -> None:
         self.call, self.stored = call, list(stored)
         self.next: Callable[[Sequence[Any]], Sequence[Any]] = self._first
-        self.replays = False
+        self.tape: Tape | None = None
 
-    def __call__(self, values: Sequence[Any]) -> Sequence[Any]:
-        return self.next(values)
+    def __call__(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        return self.next(inputs)
+
+    @property
+    def replays(self) -> bool:
+        return self.next == self._replay
 
     def _plain(self, inputs: Sequence[Any]) -> Sequence[Any]:
         return self.call([*self.stored, *inputs])
@@ -55,40 +58,56 @@ class Replayed:
             if why != BUILDING:
                 self._leave(why)
             return self._plain(inputs)
-        if not _recording.acquire(blocking=False):
+        return self._by_one_thread(self._record, self._recorded, inputs)
+
+    def _prove(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        return self._by_one_thread(self._prove, self._proven, inputs)
+
+    def _by_one_thread(self, stage: Any, step: Callable[[Sequence[Any]], Sequence[Any]], inputs: Sequence[Any]) -> Sequence[Any]:
+        """The step, unless a thread takes one already, or took this one while we came here: a tape in use must not be spoiled."""
+        if not _alone.acquire(blocking=False):
             return self._plain(inputs)
-        with contextlib.ExitStack() as stack:
-            stack.callback(_recording.release)
-            tape = Tape(self.stored, inputs)
-            made = tape.record(partial(self._plain, inputs))
-        self._leave(tape.refused) if tape.refused else self._go(partial(self._prove, tape))
+        try:
+            return step(inputs) if self.next == stage else self._plain(inputs)
+        finally:
+            _alone.release()
+
+    def _recorded(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        tape = Tape(self.stored, inputs)
+        made = tape.record(partial(self._plain, inputs))
+        if tape.refused is not None:
+            self._leave(tape.refused)
+        else:
+            self.tape, self.next = tape, self._prove
         return made
 
-    def _prove(self, tape: Tape, inputs: Sequence[Any]) -> Sequence[Any]:
+    def _proven(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        assert self.tape is not None
         copies = [v.clone() for v in inputs]
-        tape.spoil()
-        found = tape.run(copies)
+        try:
+            self.tape.spoil()
+            found = self.tape.run(copies)
+        except Exception as error:  # the call's own, which it raises again below, or what a wrong tape ran into
+            self._leave(f"replayed, it raises {type(error).__name__}")
+            return self._plain(inputs)
         made = self._plain(inputs)
         if found is None:
             self._leave("its inputs change their form")
         elif not (error := _error([*found, *copies], [*made, *inputs])) <= TOLERANCE:
             self._leave(f"replayed, it differs by {error:.1e}")
         else:
-            log.info("calls of a graph are made without Python from here on: %s", tape)
-            self._go(partial(self._replay, tape))
-            self.replays = True
+            log.info("calls of a graph are made without Python from here on: %s", self.tape)
+            self.next = self._replay
         return made
 
-    def _replay(self, tape: Tape, inputs: Sequence[Any]) -> Sequence[Any]:
-        found = tape.run(inputs)
+    def _replay(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        assert self.tape is not None
+        found = self.tape.run(inputs)
         return self._plain(inputs) if found is None else found
-
-    def _go(self, following: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
-        self.next = following
 
     def _leave(self, why: str) -> None:
         log.info("calls of a graph stay Python's: %s", why)
-        self.next = self._plain
+        self.next, self.tape = self._plain, None
 
 
 _builder: list[threading.Thread] = []

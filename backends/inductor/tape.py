@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lwcompile.backends.inductor.native import load
@@ -26,6 +27,9 @@ SOURCE = Path(__file__).with_name("tape.cpp")
 LIMIT, INPUTS = 64 << 20, 1 << 30
 """Bytes of buffers and outputs past which a tape is not kept, since calls that fill as many take longer than Python does; and of inputs
 (caches), which are copied once to prove it."""
+
+KERNELS = "cpp_"
+"""How Inductor's names of compiled kernels begin."""
 
 
 @cache
@@ -49,7 +53,7 @@ class Tape(TorchDispatchMode):
         self.outputs: list[int] = []
         self.result: list[int | None] = []
         values = [*stored, *inputs]
-        if not all(isinstance(v, Tensor) and v.is_cpu and v.layout is torch.strided for v in values):
+        if not all(type(v) in (Tensor, Parameter) and v.is_cpu and v.layout is torch.strided for v in values):
             self.refused = "not all that it takes are tensors on the processor"
             return
         if (nbytes := sum(v.nbytes for v in inputs)) > INPUTS:
@@ -88,12 +92,16 @@ class Tape(TorchDispatchMode):
         return [None if at is None else found[at] for at in self.result]
 
     def spoil(self) -> None:
-        """Fill the buffers that calls share with what none of them computes: NaN, or zeros where that has none."""
+        """Put into the buffers that calls share what none of them computes: NaN, or the opposite of what the last one left."""
         constants = {_memory(v) for module in _modules() for v in vars(module).values() if isinstance(v, Tensor)}
         for buffer in self.buffers.values():
-            if _memory(buffer) not in constants:
-                memory = torch.empty(0, dtype=torch.uint8).set_(buffer.untyped_storage())
-                memory.fill_(0xFF if buffer.is_floating_point() else 0)
+            if _memory(buffer) in constants:
+                continue
+            memory = torch.empty(0, dtype=buffer.dtype).set_(buffer.untyped_storage())
+            if buffer.is_floating_point() or buffer.is_complex():
+                memory.fill_(float("nan"))
+            else:
+                torch.bitwise_not(memory, out=memory)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -211,8 +219,11 @@ def _modules() -> list[Any]:
 
 @contextmanager
 def _kernels_seen_by(tape: Tape) -> Iterator[None]:
-    """Every compiled kernel's calls pass by the tape."""
-    found = [(vars(m), name, value) for m in _modules() for name, value in vars(m).items() if _is_kernel(value)]
+    """Every compiled kernel's calls pass by the tape. Kernels that are called in another way are none that it could follow."""
+    named = [(vars(m), name, value) for m in _modules() for name, value in vars(m).items() if name.startswith(KERNELS)]
+    found = [(names, name, value) for names, name, value in named if _is_kernel(value)]
+    if len(found) < len(named):
+        tape.refused = "this version of torch calls kernels in a way that is not known"
     for names, name, value in found:
         names[name] = partial(tape.kernel, value)
     try:
