@@ -18,7 +18,8 @@ What is not for us (training, autocast, other devices, parts of a model that a p
 it stands, and a warning says so once. Weights are part of the code: one that is replaced or written in place afterwards is
 noticed at the next call, which then compiles the graph with its weights as inputs; under a plan, it raises. Noticed is what torch
 counts: a write through `.data` or NumPy is seen where the code reads the weight in place, which without options is nearly everywhere,
-and missed where something was computed from it or packed.
+and missed where something was computed from it or packed. Of several models of one class under equal options, each is compiled
+under its plan; without one the first is, and the others run as torch compiles them.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from lwcompile.backends.dynamo import kept
-from lwcompile.backends.dynamo.capture import Captured, as_input, capture, source_of
+from lwcompile.backends.dynamo.capture import Captured, as_input, capture
+from lwcompile.backends.dynamo.frozen import Frozen, leave_to_us, tell_apart
 from lwcompile.backends.dynamo.options import Options
 from lwcompile.backends.dynamo.plan import apply
 from lwcompile.backends.inductor.codegen import missing_compiler
@@ -48,8 +49,6 @@ from lwcompile.structure import find_structure
 
 log = logging.getLogger("lwcompile")
 _said: set[str] = set()
-
-_version = attrgetter("_version")
 
 HALF_TOLERANCE = 0.05
 """Relative to the largest output, in 16-bit types, where the same function rounds elsewhere."""
@@ -120,8 +119,8 @@ class Compiled:
         self.unfrozen: Callable[..., Any] | None = None
         self.others: Callable[..., Any] | None = None
         if self.lossy:
-            _unguard(module, entry.frozen)
-            _tell_apart(module, entry.frozen)
+            leave_to_us(module, entry.frozen)
+            tell_apart(module, entry.frozen)
 
     def _made(self, arguments: Sequence[Any], chosen: Options, key: str | None) -> kept.Entry:
         try:
@@ -157,8 +156,9 @@ class Compiled:
         """Another model of this class, which dynamo takes for this one."""
         if self.others is None:
             _warn(
-                "another model of a class that was compiled before is called: its weights are inputs of its code, which is slower; "
-                "compile it with options of its own, as {'codegen': 'inductor'}, to have them compiled in"
+                "another model of a class that was compiled before is called, or one whose weights were all replaced: its weights are "
+                "inputs of its code, which is slower; compile it with options of its own, as {'codegen': 'inductor'}, to have them "
+                "compiled in"
             )
             self.others = torch.compile(copy.deepcopy(self.module), backend=_plain())
         return self.others(*arguments)
@@ -175,53 +175,6 @@ class Compiled:
         )
         self.frozen, self.numbers = Frozen((), ()), []
         self.unfrozen = torch.compile(copy.deepcopy(self.module), backend=_plain())
-
-
-class Frozen:
-    """Arguments that are part of the code: looked at before every call, some hundreds of them, so by functions that loop in C."""
-
-    def __init__(self, arguments: Sequence[Any], positions: Sequence[int]) -> None:
-        self.positions = positions
-        self.taken = itemgetter(*positions, *positions[:1]) if positions else None  # of at least two, so that it gives a tuple
-        self.held = () if self.taken is None else self.taken(arguments)  # so that no other tensor has the id of one of them
-        self.state = self._state(arguments)
-
-    def changed(self, arguments: Sequence[Any]) -> bool:
-        """Whether one of them is another tensor, was written to, or lies elsewhere."""
-        return self.taken is not None and self._state(arguments) != self.state
-
-    def foreign(self, arguments: Sequence[Any]) -> bool:
-        """Whether all of them are other tensors."""
-        return self.taken is not None and not {*map(id, self.held)} & {*map(id, self.taken(arguments))}
-
-    def _state(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        tensors = () if self.taken is None else self.taken(arguments)
-        return tuple(map(id, tensors)), tuple(map(_version, tensors)), tuple(map(Tensor.data_ptr, tensors))
-
-
-def _unguard(module: fx.GraphModule, frozen: Sequence[int]) -> None:
-    """Have dynamo not look at these arguments before each call: `Compiled` does, by what they are, and raises where another is found."""
-    nodes = list(module.graph.find_nodes(op="placeholder"))
-    names = {source_of(nodes[i]) for i in frozen}
-    if (context := torch._guards.TracingContext.try_get()) is not None:
-        guards = context.guards_context.dynamo_guards
-        guards.inner = {g for g in guards.inner if g.create_fn_name() != "TENSOR_MATCH" or str(g.name) not in names}
-
-
-def _tell_apart(module: fx.GraphModule, frozen: Sequence[int]) -> None:
-    """Have dynamo compile another model of the same class anew: to dynamo weights are inputs, and it would take this code for both."""
-    context = torch._guards.TracingContext.try_get()
-    source = getattr(module.graph.find_nodes(op="placeholder")[frozen[0]], "_dynamo_source", None) if frozen else None
-    if context is None or source is None:
-        return
-    while hasattr(source, "base"):
-        source = source.base
-    context.guards_context.dynamo_guards.add(source.make_guard(_is_this_module))
-
-
-def _is_this_module(builder: Any, guard: Any) -> None:
-    if isinstance(builder.get(guard), torch.nn.Module):
-        builder.ID_MATCH(guard)
 
 
 def _compare(module: fx.GraphModule, arguments: Sequence[Any], captured: Captured) -> None:
