@@ -6,8 +6,9 @@ Prefill is one pass over 128 tokens, decode one token behind 128; of decoding, `
 once a round, in turn, so that whatever else the machine does meets all of them, and steps after some that are not timed, since the
 other ways have had the memory meanwhile. Ours is what `lw.load(folder).generate` calls.
 Without `--file` it is written here: 4 bits, groups of 64, round to nearest, embedding and head included. What torch.compile
-makes decodes in a static cache of 256, behind 128 tokens and more: ours under the same plan, with activations in float32 and in int8,
-and each a second time while dynamo leaves out the guards that do not tell its graphs apart.
+makes decodes in a static cache of 256, behind 128 tokens and more: ours under the same plan, with activations in float32 and in int8 and,
+for what replaying gains, with every call by Python; and each a second time while dynamo leaves out the guards that do not tell its
+graphs apart.
 
 Threads that wait do so awake for some tens of microseconds (GOMP_SPINCOUNT), as llama.cpp's do, and then sleep.
 
@@ -56,6 +57,13 @@ from lwcompile.structure import find_structure
 
 TOKENS, STEPS = 128, 8
 FORMAT = "quantize{bits=4,group_size=64,solver=rtn}"
+
+CODEGENS = {
+    "float32": "inductor",
+    "int8": "inductor{activations=int8}",
+    "int8, calls by Python": "inductor{activations=int8,replay=false}",
+}
+"""Of ours under torch.compile."""
 
 Timing = tuple[float, float]
 """Seconds by the clock, and seconds of processor time."""
@@ -174,11 +182,11 @@ def by_layerwise() -> list[Way]:
     dense = program("smollm2")
     plan, nbytes = Plan({site: (Spec.parse(FORMAT),) for site in packed_sites(dense)}), packed(dense).main.nbytes()
     ways = []
-    for activations in ("float32", "int8"):
+    for said, codegen in CODEGENS.items():
         model = smollm2().model
-        options = {"plan": plan, "codegen": f"inductor{{activations={activations}}}"}
+        options = {"plan": plan, "codegen": codegen}
         compiled = torch.compile(model, backend="layerwise", options=options)
-        name = f"ours under torch.compile, 4 bits, {activations}"
+        name = f"ours under torch.compile, 4 bits, {said}"
         ways += [
             by_compile(name, model, compiled, nbytes),
             by_compile(f"{name}, unguarded", model, compiled, nbytes, unguarded=True),
