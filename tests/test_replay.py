@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lwcompile.backends.inductor import replay, tape
+from lwcompile.backends.inductor import native, replay, tape
 from lwcompile.backends.inductor.codegen import Inductor
 from lwcompile.backends.inductor.replay import Replayed
 
@@ -28,7 +28,7 @@ W = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(autouse=True)
 def library():
-    assert tape.unavailable() is None
+    assert native.load(tape.SOURCE) is None
 
 
 def inputs(seed: int) -> list[Tensor]:
@@ -305,7 +305,7 @@ def test_inductor_s_kernels_are_recorded(monkeypatch, tmp_path, caplog):
 
 
 def test_without_a_compiler_nothing_changes(monkeypatch):
-    monkeypatch.setattr(replay, "built", lambda: "no compiler")
+    monkeypatch.setattr(replay, "beside", lambda source: "no compiler")
     calls = Calls(plain)
     check(plain, Replayed(calls, [W]), calls, rounds=5)
     assert calls.count == 5
@@ -313,13 +313,13 @@ def test_without_a_compiler_nothing_changes(monkeypatch):
 
 def test_calls_do_not_wait_for_the_library(monkeypatch):
     done = threading.Event()
-    monkeypatch.setattr(replay, "_builder", [])
-    monkeypatch.setattr(replay, "unavailable", lambda: done.wait(60) and None)
+    monkeypatch.setattr(native, "_builders", {})
+    monkeypatch.setattr(native, "load", lambda source: done.wait(60) and None)
     calls = Calls(plain)
     replayed = Replayed(calls, [W])
     check(plain, replayed, calls, rounds=4)
     assert calls.count == 4
     done.set()
-    replay._builder[0].join()
+    native._builders[tape.SOURCE].join()
     check(plain, replayed, calls)
     assert calls.count == 6

@@ -32,15 +32,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lwcompile.backends.dynamo import kept
-from lwcompile.backends.dynamo.capture import Captured, as_input, capture
-from lwcompile.backends.dynamo.frozen import Frozen, leave_to_us, tell_apart
+from lwcompile.backends.dynamo import kept, options, watched
+from lwcompile.backends.dynamo.capture import Captured, as_input, capture, source_of
+from lwcompile.backends.dynamo.frozen import Frozen
 from lwcompile.backends.dynamo.options import Options
-from lwcompile.backends.dynamo.plan import apply
+from lwcompile.backends.dynamo.plan import Changed, Given, apply
 from lwcompile.backends.inductor.codegen import missing_compiler
 from lwcompile.context import Context
 from lwcompile.contract import Codegen, TransformPass, who_runs
-from lwcompile.errors import BadInput, BadPlan, LwError, Refused, VerificationError
+from lwcompile.errors import BadInput, BadPlan, LwError, Refused
 from lwcompile.graph import ModelGraph
 from lwcompile.manager import EXACT_TOLERANCE, Manager, relative_error
 from lwcompile.program import Program
@@ -70,6 +70,15 @@ def layerwise(
     except Refused as refusal:
         lost = "" if chosen.plan is None else ", without the plan"
         return _as_it_stands(module, arguments, f"a graph is compiled as it stands{lost}: {refusal}")
+
+
+def _reset() -> None:
+    """What `torch._dynamo.reset()` calls: weights may be others from here on."""
+    options.forget()
+    watched.forget()
+
+
+layerwise.reset = _reset  # type: ignore[attr-defined]
 
 
 def _placeholders(module: fx.GraphModule, arguments: Sequence[Any]) -> list[tuple[fx.Node, Any]]:
@@ -118,9 +127,26 @@ class Compiled:
         self.numbers = list(entry.numbers.items())
         self.unfrozen: Callable[..., Any] | None = None
         self.others: Callable[..., Any] | None = None
-        if self.lossy:
-            leave_to_us(module, entry.frozen)
-            tell_apart(module, entry.frozen)
+        if chosen.plan is not None:
+            self._settle(arguments, chosen.plan)
+
+    def _settle(self, arguments: Sequence[Any], plan: Given) -> None:
+        """Under a plan weights never become inputs, so dynamo need neither look at them nor hand them over."""
+        if (found := watched.watch(self.module, self.frozen.positions)) is None:
+            return
+        model, places = found
+        sources = [source_of(node) for node in self.module.graph.find_nodes(op="placeholder")]
+        plan.require_same(model, {sources[i]: arguments[i] for i in self.frozen.positions})
+        returned = {at for kind, at in self.results if kind == "argument"}
+        places = {i: place for i, place in places.items() if i not in returned}
+        left = [i for i in range(len(arguments)) if i not in places]
+        now = {before: i for i, before in enumerate(left)}
+        watched.leave_out(self.module, {i: arguments[i] for i in places})
+        rest = [now[i] for i in self.frozen.positions if i in now]
+        self.frozen = Frozen([arguments[i] for i in left], rest, list(places.values()))
+        self.inputs = [now[i] for i in self.inputs]
+        self.numbers = [(now[i], number) for i, number in self.numbers]
+        self.results = [(kind, now[at] if kind == "argument" else at) for kind, at in self.results]
 
     def _made(self, arguments: Sequence[Any], chosen: Options, key: str | None) -> kept.Entry:
         try:
@@ -165,10 +191,7 @@ class Compiled:
 
     def _thaw(self, what: str) -> None:
         if self.lossy:
-            raise VerificationError(
-                f"{what} was changed after the model was compiled under a plan; compress the model again if it was a weight, then "
-                "call torch._dynamo.reset() and compile"
-            )
+            raise Changed(what)
         _warn(
             f"{what} was changed after the model was compiled: from here on weights are inputs of the code, which is slower; "
             "call torch._dynamo.reset() to have the new ones compiled in"

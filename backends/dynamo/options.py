@@ -63,6 +63,12 @@ def _plan(given: Any) -> Given | None:
     raise BadInput(f"the option plan wants a folder, a plan or its file, or a result of lw.compress, and got {given!r}")
 
 
+def forget() -> None:
+    """Read plans and solve weights anew."""
+    for cached in (_of_result, _of_plan, _of_path):
+        cached.cache_clear()
+
+
 @dataclass(frozen=True, eq=False)
 class _Kept:
     value: Any

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from lwcompile.apply import apply_plan
 from lwcompile.context import Context, Remark
-from lwcompile.errors import BadInput, BadPlan, Refused
+from lwcompile.errors import BadInput, BadPlan, Refused, VerificationError
 from lwcompile.graph import ModelGraph
 from lwcompile.plans import Plan
 from lwcompile.program import Program
@@ -32,11 +34,34 @@ _WEIGHT = {aten.linear.default: 1, aten.embedding.default: 0}
 
 @dataclass
 class Given:
-    """A plan, and the compressed program that was made from it. `memo` keeps what was solved, for the model's other graphs."""
+    """A plan, and the compressed program that was made from it. `memo` keeps what was solved, for the model's other graphs.
+
+    Attributes:
+        weights: for each model that was compiled under it, its weights by where they are, with their versions and addresses.
+    """
 
     plan: Plan
     program: Program | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
+    weights: WeakKeyDictionary[nn.Module, dict[str, tuple[int, int, Tensor]]] = field(default_factory=WeakKeyDictionary)
+
+    def require_same(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Raise `Changed` where another graph of this model was compiled with other weights: packed ones are not made anew."""
+        known = self.weights.setdefault(model, {})
+        for name, value in weights.items():
+            version, address, tensor = known.setdefault(name, (value._version, value.data_ptr(), value))
+            if tensor is not value or (value._version, value.data_ptr()) != (version, address):
+                raise Changed("a weight")
+
+
+class Changed(VerificationError):
+    """A part of the code is not what it was."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} was changed after the model was compiled under a plan; compress the model again if it was a weight, then call "
+            "torch._dynamo.reset() and compile"
+        )
 
 
 def apply(given: Given, program: Program) -> tuple[Program, list[Remark]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,27 @@ from lwcompile.demo import cache_root
 def code_of(source: Path) -> str:
     """A hash of a source file and the headers beside it, so that what was measured of another does not count."""
     return xxhash.xxh3_64_hexdigest(b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))))
+
+
+BUILDING = "its library is being built"
+_libraries: dict[Path, Path] = {}
+_builders: dict[Path, threading.Thread] = {}
+_lock = threading.Lock()
+
+
+def beside(source: Path, *flags: str) -> str | None:
+    """`load` for those who can do without: a library that is not there is built beside what they do, and `BUILDING` until then."""
+    with _lock:
+        if source not in _builders:
+            _builders[source] = threading.Thread(target=load, args=(source, *flags), name=f"lwcompile builds {source.name}")
+            _builders[source].start()
+            _builders[source].join(0.1)  # enough where it is only loaded
+    return BUILDING if _builders[source].is_alive() else load(source, *flags)
+
+
+def library(source: Path) -> Path:
+    """The file of a library that is loaded."""
+    return _libraries[source]
 
 
 @cache
@@ -37,6 +59,7 @@ def load(source: Path, *flags: str) -> str | None:
         if not target.is_file():
             _build(source, options, target)
         torch.ops.load_library(target)
+        _libraries[source] = target
     except Exception as error:  # no compiler, or one that refuses the source; a folder or a library that cannot be used
         return f"{source.name} cannot be built ({type(error).__name__}: {_first_line(error)})"
     return None

@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lwcompile.backends.inductor.tape import Tape, unavailable
+from lwcompile.backends.inductor.native import BUILDING, beside
+from lwcompile.backends.inductor.tape import SOURCE, Tape
 from lwcompile.manager import relative_error
 
 log = logging.getLogger("lwcompile")
@@ -28,7 +29,7 @@ TOLERANCE = 1e-5
 """What a replayed call may differ by, relative to the largest output: sums may be parted in another way where memory is aligned
 differently."""
 
-_alone, _building = threading.Lock(), threading.Lock()
+_alone = threading.Lock()
 
 
 class Replayed:
@@ -54,7 +55,7 @@ class Replayed:
         return self._plain(inputs)
 
     def _record(self, inputs: Sequence[Any]) -> Sequence[Any]:
-        if (why := built()) is not None:
+        if (why := beside(SOURCE)) is not None:
             if why != BUILDING:
                 self._leave(why)
             return self._plain(inputs)
@@ -108,20 +109,6 @@ class Replayed:
     def _leave(self, why: str) -> None:
         log.info("calls of a graph stay Python's: %s", why)
         self.next, self.tape = self._plain, None
-
-
-_builder: list[threading.Thread] = []
-BUILDING = "its library is being built"
-
-
-def built() -> str | None:
-    """Why nothing can be replayed, or not yet: what is built once on a machine is built beside the calls, which do not wait for it."""
-    with _building:
-        if not _builder:
-            _builder.append(threading.Thread(target=unavailable, name="lwcompile: the tape's library"))
-            _builder[0].start()
-            _builder[0].join(0.1)  # enough where it is only loaded
-    return BUILDING if _builder[0].is_alive() else unavailable()
 
 
 def _error(found: Sequence[Any], wanted: Sequence[Any]) -> float:

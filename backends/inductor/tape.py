@@ -20,8 +20,6 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lwcompile.backends.inductor.native import load
-
 SOURCE = Path(__file__).with_name("tape.cpp")
 
 LIMIT, INPUTS = 64 << 20, 1 << 30
@@ -30,12 +28,6 @@ LIMIT, INPUTS = 64 << 20, 1 << 30
 
 KERNELS = "cpp_"
 """How Inductor's names of compiled kernels begin."""
-
-
-@cache
-def unavailable() -> str | None:
-    """Why nothing can be replayed here; None if it can, and then the library is loaded."""
-    return load(SOURCE)
 
 
 class Tape(TorchDispatchMode):

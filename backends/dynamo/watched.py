@@ -1,0 +1,187 @@
+"""What dynamo would guard in a model's modules, looked at by one guard that loops in C, and weights that are not handed over.
+
+dynamo guards every module, dictionary and number that it read, one at a time, and loads every weight for every call: for thirty
+layers that is some 1,800 guards and 270 arguments, a quarter of the time that a small model takes to decode a token. What was read
+lies in dictionaries (`__dict__`, `_modules`, `_parameters`), so whether each of them holds, under its key, the object that it held
+implies what dynamo's guards ask of it, and takes a tenth of their time. Only guards of which that is true are taken over
+(`_ASKS`); all others stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+
+from lwcompile.backends.dynamo.capture import source_of
+from lwcompile.backends.dynamo.still import Place, Places, Typed
+
+log = logging.getLogger("lwcompile")
+
+_STEP = re.compile(r"\.([A-Za-z_]\w*)|\['([^'\\]*)'\]")
+_CONSTANTS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+_ASKS: dict[str, Any] = {
+    **dict.fromkeys(("TYPE_MATCH", "ID_MATCH", "DUPLICATE_INPUT"), object),
+    **dict.fromkeys(("EQUALS_MATCH", "CONSTANT_MATCH", "NONE_MATCH", "TRUE_MATCH", "FALSE_MATCH"), _CONSTANTS),
+    "DICT_NOT_CONTAINS": dict,
+    "NOT_PRESENT_IN_GENERIC_DICT": object,
+}
+"""Guards that ask of objects of these types nothing but which they are; the last two, that a key is not there."""
+
+TRIES = 3
+"""Of one model. Something replaces an object there at every call then, maybe by its like, which dynamo's own guards would let pass."""
+
+_made: WeakKeyDictionary[nn.Module, list[Watch]] = WeakKeyDictionary()
+
+
+class Watch:
+    """Places below one module, and what lies there."""
+
+    def __init__(self, name: str, root: nn.Module) -> None:
+        self.name, self.root = name, weakref.ref(root)
+        self.places, self.modules, self.kind = Places(), Typed(), type(root)
+
+    def takes(self, guard: Any) -> bool:
+        """Whether this guard of dynamo's is implied by what is watched from now on."""
+        kind, given = guard.create_fn_name(), getattr(guard.create_fn, "keywords", {})
+        if kind not in _ASKS or (found := self._find(str(guard.name))) is None:
+            return False
+        path, value = found
+        if not isinstance(value, _ASKS[kind]):
+            return False
+        if kind in ("DICT_NOT_CONTAINS", "NOT_PRESENT_IN_GENERIC_DICT"):
+            holder, key = (value, given.get("key")) if "key" in given else (getattr(value, "__dict__", None), given.get("attr"))
+            if not isinstance(holder, dict) or key is None or key in holder:
+                return False
+            path.append((holder, key))
+        if kind == "DUPLICATE_INPUT":
+            other = self._find(str(given["source_b"].name)) if "source_b" in given else None
+            if other is None or other[1] is not value:
+                return False
+            path += other[0]
+        self._watch(path)
+        return True
+
+    def place(self, name: str) -> Place | None:
+        """Where the object of this name lies; on the way there everything is watched, and the object itself is not."""
+        found = self._find(name)
+        if found is None or not found[0]:
+            return None
+        self._watch(found[0][:-1])
+        return found[0][-1]
+
+    def holds(self, root: object) -> bool:
+        """Whether everything lies where it did, and is of the class it was."""
+        if root is not self.root() or type(root) is not self.kind:
+            return False
+        return (self.places.same() or self._equal()) and self.modules.same()
+
+    def _equal(self) -> bool:
+        """The same, where constants may be others of the same value."""
+        found = self.places.now()
+        for a, b in zip(found, self.places.values):
+            if a is not b and not (type(a) is type(b) and isinstance(a, _CONSTANTS) and a == b):
+                return False
+        self.places.take(found)
+        return True
+
+    def _watch(self, path: Sequence[Place]) -> None:
+        for holder, key in path:
+            if self.places.add(holder, key) and isinstance(value := holder.get(key), nn.Module):
+                self.modules.add(value)
+
+    def _find(self, name: str) -> tuple[list[Place], Any] | None:
+        """The dictionaries that lead from the root to the object of this name, and the object; None where something else leads there."""
+        if not name.startswith(self.name):
+            return None
+        value, path, at = self.root(), list[Place](), len(self.name)
+        while at < len(name):
+            if (step := _STEP.match(name, at)) is None:
+                return None
+            at, (attribute, key) = step.end(), step.groups()
+            holder = value if attribute is None else getattr(value, "__dict__", None)
+            if not isinstance(holder, dict) or hasattr(getattr(type(value), attribute or "", None), "__set__"):
+                return None
+            if attribute == "__dict__":
+                value = holder
+                continue
+            key = attribute or key
+            if key not in holder:
+                return None
+            path.append((holder, key))
+            value = holder[key]
+        return path, value
+
+
+def watch(module: fx.GraphModule, frozen: Sequence[int]) -> tuple[nn.Module, dict[int, Place]] | None:
+    """Have dynamo ask a `Watch` in place of what it would ask of the model's modules.
+
+    Returns the model, and where the weights at positions `frozen` lie, those of them that are found: dynamo asks nothing of them, so
+    somebody else has to. None where there is no model, it is not to be found, or watching it did not work out.
+    """
+    context = torch._guards.TracingContext.try_get()
+    nodes = module.graph.find_nodes(op="placeholder")
+    found = _model(getattr(nodes[frozen[0]], "_dynamo_source", None)) if frozen and context is not None else None
+    if context is None or found is None:
+        return None
+    source, root = found
+    before = _made.setdefault(root, [])
+    if sum(not watch.holds(root) for watch in before) >= TRIES:
+        log.info("dynamo looks at every module before each call: %s changes all the time", source.name)
+        return None
+    before.append(made := Watch(str(source.name), root))
+    places = {i: place for i in frozen if (place := made.place(source_of(nodes[i]))) is not None}
+    guards = context.guards_context.dynamo_guards
+    weights = {source_of(nodes[i]) for i in places}
+    asked = (g for g in guards.inner if not (str(g.name) in weights and g.create_fn_name() == "TENSOR_MATCH"))
+    guards.inner = type(guards.inner)(g for g in asked if not made.takes(g))
+    guards.add(source.make_guard(partial(_ask, made)))
+    return root, places
+
+
+def forget() -> None:
+    """Every model may be watched again."""
+    _made.clear()
+
+
+def leave_out(module: fx.GraphModule, weights: Mapping[int, Tensor]) -> None:
+    """Have dynamo not hand over the arguments at these positions: it asks the graph what it takes after that was compiled."""
+    graph, nodes = module.graph, module.graph.find_nodes(op="placeholder")
+    for i, value in weights.items():
+        name = f"_weight{i}"
+        module.register_buffer(name, value, persistent=False)
+        with graph.inserting_after(nodes[-1]):
+            nodes[i].replace_all_uses_with(graph.get_attr(name))
+        graph.erase_node(nodes[i])
+    module.recompile()
+
+
+def _model(source: Any) -> tuple[Any, nn.Module] | None:
+    """The outermost module that a weight of this source belongs to, in the frame that dynamo traces, with its source."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    chain = []
+    while source is not None:
+        chain.append(source)
+        source = getattr(source, "base", None)
+    try:
+        output = InstructionTranslator.current_tx().output
+        scope = {"L": output.local_scope, "G": output.global_scope}
+        found = ((s, eval(str(s.name), scope)) for s in reversed(chain))
+        return next(((s, value) for s, value in found if isinstance(value, nn.Module)), None)
+    except Exception as error:
+        log.info("dynamo looks at every module before each call: %s: %s", type(error).__name__, error)
+        return None
+
+
+def _ask(watched: Watch, builder: Any, guard: Any) -> None:
+    builder.ID_MATCH(guard)  # dynamo forgets the code when the module is gone
+    said = [f"{watched.name}'s modules hold what they held"]
+    builder.get_guard_manager(guard).add_lambda_guard(watched.holds, said, guard.user_stack)
