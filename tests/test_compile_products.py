@@ -218,6 +218,23 @@ def test_the_operators_are_well_formed():
         torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_are_written_into_what_is_given(dtype):
+    panels = Panels.of(weight_of(4, SHAPES[0], "integer"))
+    arguments = (random(2, 3, 70).to(dtype), panels.codes, panels.scale, panels.zero, random(33), 4, 16, 33, 4, False)
+    wanted = torch.ops.lwcompile.packed_linear(*arguments)
+    for out in (torch.full_like(wanted, torch.nan), torch.full((3, 2, 33), torch.nan, dtype=dtype).transpose(0, 1)):
+        torch.ops.lwcompile.packed_linear.into(out, *arguments)
+        assert torch.equal(out, wanted)
+    with pytest.raises(RuntimeError, match="another shape"):
+        torch.ops.lwcompile.packed_linear.into(torch.empty(2, 2, 33, dtype=dtype), *arguments)
+    heads = (random(1, 4, 1, 32), random(1, 2, 5, 32), random(1, 2, 5, 32), None, 0.2)
+    torch.ops.lwcompile.few_attention.into(out := torch.full((1, 4, 1, 32), torch.nan), *heads)
+    assert torch.equal(out, torch.ops.lwcompile.few_attention(*heads))
+    with pytest.raises(RuntimeError, match="a result like the query"):
+        torch.ops.lwcompile.few_attention.into(torch.empty(1, 1, 4, 32).transpose(1, 2)[..., :16], *heads)
+
+
 # --- the device table
 
 

@@ -92,6 +92,40 @@ def test_an_operator_in_python_is_called_from_there():
     assert calls.count == 3
 
 
+@torch.library.custom_op("lwcompile_tests::halved", mutates_args=())
+def halved(x: Tensor) -> Tensor:
+    return x / 2
+
+
+torch.library.define("lwcompile_tests::halved.into", "(Tensor(a!) out, Tensor x) -> ()")
+
+
+@torch.library.impl("lwcompile_tests::halved.into", "CPU")
+def _(out: Tensor, x: Tensor) -> None:
+    _written.append(out.data_ptr())
+    out.copy_(x / 2)
+
+
+_written: list[int] = []
+
+
+def test_operators_that_can_write_into_buffers_of_the_tape_s():
+    """Into the same one at every call, unless it leaves the call; buffers are views' and operators' to read."""
+
+    def function(w: Tensor, x: Tensor, y: Tensor) -> list[Any]:
+        inner = torch.ops.lwcompile_tests.halved(x)
+        return [aten.mm(inner[1:], w), aten.relu(inner.view(8, 4)), torch.ops.lwcompile_tests.halved(y)]
+
+    _written.clear()
+    calls = Calls(function)
+    replayed = Replayed(calls, [W])
+    check(function, replayed, calls, rounds=7)
+    inner, last = _written[::2], _written[1::2]
+    assert calls.count == 3 and len(_written) == 10 and len(set(inner)) == 1  # the proving call, and four more
+    made = [replayed(inputs(seed))[2] for seed in range(3)]
+    assert len({m.data_ptr() for m in made}) == 3 and not set(inner) & set(last)
+
+
 def test_outputs_are_the_caller_s_own():
     replayed = Replayed(Calls(lambda w, x, y: [aten.mm(x, w)]), [W])
     made = [replayed(inputs(seed))[0] for seed in range(6)]

@@ -17,6 +17,20 @@ struct Place {
   _object *dict, *key, *value;  // value: null where nothing was
 };
 
+// How a dictionary begins up to Python 3.12, which counts all writes to dictionaries: each takes the next number. still.py tries
+// whether that is so before it relies on it.
+struct Dict {
+  int64_t references;
+  void* type;
+  int64_t used;
+  uint64_t version;
+};
+
+struct Tagged {
+  const Dict* dict;
+  uint64_t version;
+};
+
 struct Typed {
   _object *of, *type;
 };
@@ -30,6 +44,17 @@ struct Written {
 int lwcompile_places(const Place* all, int64_t count) {
   for (int64_t i = 0; i < count; i++)
     if (PyDict_GetItemWithError(all[i].dict, all[i].key) != all[i].value) return 0;
+  return 1;
+}
+
+int lwcompile_tags(const Tagged* all, int64_t count) {
+  for (int64_t i = 0; i < count; i++)
+    if (all[i].dict->version != all[i].version) return 0;
+  return 1;
+}
+
+int lwcompile_tag(Tagged* all, int64_t count) {
+  for (int64_t i = 0; i < count; i++) all[i].version = all[i].dict->version;
   return 1;
 }
 

@@ -1,7 +1,7 @@
 """Whether things are still what they were, hundreds of them at a time: places in dictionaries, classes of objects, tensors.
 
 By C++ (still.cpp) once that is built, which is done beside the calls; until then, and where there is no compiler, by functions of
-Python's that loop in C.
+Python's that loop in C. Where Python counts writes to dictionaries (to 3.12), a dictionary that was not written to is not looked into.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Places:
         self.values: list[Any] = []
         self._known: set[tuple[int, Any]] = set()
         self._table: Any = None
+        self._tags: Any = None
         for place in places:
             self.add(*place)
 
@@ -62,7 +63,15 @@ class Places:
         if self._table is None:
             there = (0 if value is NOTHING else id(value) for value in self.values)
             self._table = _table(map(id, self.holders), map(id, self.keys), there)
-        return look(self._table, len(self.keys))
+            dicts = {id(holder) for holder in self.holders}
+            self._tags = _table(dicts, repeat(0, len(dicts)))
+        if (tags := _looks("tags")) is not None and tags(self._tags, len(self._tags) // 2):
+            return True  # none of the dictionaries was written to
+        if not look(self._table, len(self.keys)):
+            return False
+        if (tag := _looks("tag")) is not None:
+            tag(self._tags, len(self._tags) // 2)
+        return True
 
     def take(self, values: Sequence[Any]) -> None:
         """From now on these are what lies there."""
@@ -125,7 +134,33 @@ def _looks(what: str) -> Callable[[Any, int], bool] | None:
 @cache
 def _functions() -> dict[str, Any]:
     library = ctypes.PyDLL(str(native.library(SOURCE[0])))  # whose functions hold Python's lock
-    found = {what: getattr(library, f"lwcompile_{what}") for what in ("places", "types", "tensors")}
+    found = {what: getattr(library, f"lwcompile_{what}") for what in ("places", "types", "tensors", "tags", "tag")}
     for function in found.values():
         function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_bool
+    if not _counted(found["tags"], found["tag"]):
+        del found["tags"], found["tag"]
     return found
+
+
+def _counted(tags: Callable[[Any, int], bool], tag: Callable[[Any, int], bool]) -> bool:
+    """Whether this Python counts writes to dictionaries, where `Dict` has it."""
+    tried: dict[Any, Any] = {"a": 1}
+    writes: list[Callable[[], object]] = [
+        lambda: tried.update(a=2), lambda: tried.__setitem__("b", 1), lambda: tried.pop("a"), lambda: tried.setdefault("c"), tried.popitem,
+        lambda: tried.__delitem__("b"), tried.clear, lambda: tried.__ior__({"d": 1}), lambda: exec("e = 1", tried),
+    ]  # fmt: skip
+    table = _table([id(tried)], [0])
+    for write in writes:
+        tag(table, 1)
+        quiet = tags(table, 1) and tried.get("a") is not tried and tags(table, 1)
+        write()
+        if not quiet or tags(table, 1):
+            return False
+    owner = type("Owner", (), {})()
+    table = _table([id(owner.__dict__)], [0])
+    for value in (1, 2):
+        tag(table, 1)
+        owner.a = value
+        if tags(table, 1):
+            return False
+    return True

@@ -95,27 +95,28 @@ inline floats dots(const float* query, const float* key, int64_t stride, int64_t
   return totals(sums);
 }
 
-// One query of each of `shared` heads, V vectors wide, over T keys. scores: shared * T numbers of room, T rounded up to vectors.
+// One query of each of `heads` heads from `h` on, V vectors wide, over the T keys of group g. scores: heads * T numbers of room, T rounded
+// up to vectors.
 template <int V>
-void attend(const Rows& query, const Rows& key, const Rows& value, const Mask& mask, int64_t b, int64_t g, int64_t s, int64_t shared,
-            int64_t keys, float scale, float* scores, float* out, int64_t out_head) {
+void attend(const Rows& query, const Rows& key, const Rows& value, const Mask& mask, int64_t b, int64_t g, int64_t s, int64_t h,
+            int64_t heads, int64_t keys, float scale, float* scores, float* out, int64_t out_head) {
   const int64_t width = (keys + LANES - 1) / LANES * LANES;
   const float closed = -std::numeric_limits<float>::infinity();
   for (int64_t t = 0; t < keys; t += LANES) {
     const int64_t count = std::min<int64_t>(LANES, keys - t);
     floats open = {};
-    for (int64_t i = 0; i < shared; i++) {
+    for (int64_t i = 0; i < heads; i++) {
       if (i == 0 || mask.head != 0)
-        for (int j = 0; j < LANES; j++) open[j] = j < count ? mask(b, g * shared + i, s, t + j) : closed;
+        for (int j = 0; j < LANES; j++) open[j] = j < count ? mask(b, h + i, s, t + j) : closed;
       floats score = all(closed);
       if (largest(open) != closed) {
-        score = dots<V>(query(b, g * shared + i, s), key(b, g, t), key.place, count) * all(scale) + open;
+        score = dots<V>(query(b, h + i, s), key(b, g, t), key.place, count) * all(scale) + open;
         score = open == all(closed) ? all(closed) : score;  // whatever lies in a key that is closed
       }
       store(scores + i * width + t, score);
     }
   }
-  for (int64_t i = 0; i < shared; i++) {
+  for (int64_t i = 0; i < heads; i++) {
     float* row = scores + i * width;
     floats most = all(closed);
     for (int64_t t = 0; t < width; t += LANES) most = larger(most, load<floats>(row + t));
@@ -146,23 +147,25 @@ void attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, co
   const Rows query(q), key(k), value(v);
   const int64_t heads = q.size(1), queries = q.size(2), groups = k.size(1), keys = k.size(2), shared = heads / groups;
   float* made = out.mutable_data_ptr<float>();
-  at::parallel_for(0, q.size(0) * groups * queries, worth_a_thread(0.5 * keys * V * shared), [&](int64_t first, int64_t last) {
-    std::vector<float> scores(shared * (keys + LANES));
+  // heads of a group share what they read, but a thread too many that waits is worse
+  const int64_t each = q.size(0) * groups * queries % at::get_num_threads() == 0 ? shared : 1, parts = heads / each;
+  at::parallel_for(0, q.size(0) * parts * queries, worth_a_thread(0.5 * keys * V * each), [&](int64_t first, int64_t last) {
+    std::vector<float> scores(each * (keys + LANES));
     for (int64_t i = first; i < last; i++) {
-      const int64_t s = i % queries, g = i / queries % groups, b = i / queries / groups;
-      attend<V>(query, key, value, mask, b, g, s, shared, keys, scale, scores.data(),
-                made + ((b * heads + g * shared) * queries + s) * V * LANES, queries * V * LANES);
+      const int64_t s = i % queries, h = i / queries % parts * each, b = i / queries / parts;
+      attend<V>(query, key, value, mask, b, h / shared, s, h, each, keys, scale, scores.data(),
+                made + ((b * heads + h) * queries + s) * V * LANES, queries * V * LANES);
     }
   });
 }
 
-at::Tensor few_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                         const std::optional<at::Tensor>& mask, double scale) {
+void few_attention_into(at::Tensor& out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                        const std::optional<at::Tensor>& mask, double scale) {
   for (const at::Tensor& t : {query, key, value})
     TORCH_CHECK(t.dim() == 4 && t.scalar_type() == at::kFloat && (t.size(3) == 1 || t.stride(3) == 1), "rows of float32 that lie in order");
   TORCH_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0 && key.size(3) == query.size(3) && value.size(3) == query.size(3),
               "heads of one width, shared evenly");
-  at::Tensor out = at::empty(query.sizes(), query.options());
+  TORCH_CHECK(out.sizes() == query.sizes() && out.scalar_type() == at::kFloat && out.is_contiguous(), "a result like the query, in order");
   const Mask open(mask, {query.size(0), query.size(1), query.size(2), key.size(2)});
   switch (query.size(3)) {
     case 32: attention<4>(query, key, value, open, scale, out); break;
@@ -171,9 +174,18 @@ at::Tensor few_attention(const at::Tensor& query, const at::Tensor& key, const a
     case 128: attention<16>(query, key, value, open, scale, out); break;
     default: TORCH_CHECK(false, "heads of width 32, 64, 96 or 128");
   }
+}
+
+at::Tensor few_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                         const std::optional<at::Tensor>& mask, double scale) {
+  at::Tensor out = at::empty(query.sizes(), query.options());
+  few_attention_into(out, query, key, value, mask, scale);
   return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(lwcompile, CPU, m) { m.impl("few_attention", &few_attention); }
+TORCH_LIBRARY_IMPL(lwcompile, CPU, m) {
+  m.impl("few_attention", &few_attention);
+  m.impl("few_attention.into", &few_attention_into);
+}

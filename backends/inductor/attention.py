@@ -38,7 +38,9 @@ WIDTHS = (32, 64, 96, 128)
 TOLERANCE = 1e-5
 """What it may differ by from torch's kernel, relative to the largest output."""
 
-torch.library.define("lwcompile::few_attention", "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor")
+_TAKES = "Tensor query, Tensor key, Tensor value, Tensor? mask, float scale"
+torch.library.define("lwcompile::few_attention", f"({_TAKES}) -> Tensor")
+torch.library.define("lwcompile::few_attention.into", f"(Tensor(a!) out, {_TAKES}) -> ()")  # for a tape, see tape.py
 
 
 @torch.library.register_fake("lwcompile::few_attention")

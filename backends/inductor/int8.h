@@ -21,7 +21,7 @@ namespace {
 // to 127 steps of its largest value, the second what that left, rounded to steps a 254th as large. It is there if the step is more than
 // `LARGE` of the root mean square of its row: without it no row errs by more than 1 % of itself.
 struct Rounded {
-  int64_t blocks;
+  int64_t blocks = 0;
   std::vector<int32_t> words;  // [m, blocks, 2, words of a block, 8/bits]
   std::vector<float> steps;    // [m, blocks, 2], 0 for a term that is not there
   std::vector<float> sums;     // [m, groups], of what x was rounded to
@@ -72,26 +72,37 @@ float root_mean_square(const float* x, int64_t count) {
   return static_cast<float>(std::sqrt(exact / count));
 }
 
+// Into a room of this thread's, which its next call takes again.
 template <int BITS>
-Rounded round_rows(const float* x, int64_t m, const Weight& w) {
+const Rounded& round_rows(const float* x, int64_t m, const Weight& w) {
   using B = Block<BITS>;
-  const int64_t blocks = w.groups * B::of(w);
-  Rounded made{blocks, std::vector<int32_t>(m * blocks * 2 * B::length), std::vector<float>(m * blocks * 2), std::vector<float>(m * w.groups)};
+  static thread_local Rounded made;
+  if (made.words.capacity() > 1 << 18) made = Rounded();  // what a long text took is given back
+  const int64_t blocks = made.blocks = w.groups * B::of(w);
+  made.words.resize(m * blocks * 2 * B::length);
+  made.steps.resize(m * blocks * 2);
+  made.sums.assign(m * w.groups, 0.0f);
   for (int64_t row = 0; row < m; row++, x += w.columns) {
     const float size = root_mean_square(x, w.columns), large = LARGE * size;
     const float unknown = std::isfinite(size) ? 0.0f : std::numeric_limits<float>::quiet_NaN();
     for (int64_t i = 0, at = row * blocks; i < blocks; i++, at++) {
       const int64_t g = i / B::of(w), place = i % B::of(w) * B::codes, start = g * w.group + place;
       const int64_t count = std::max<int64_t>(0, std::min({int64_t{B::codes}, w.group - place, w.columns - start}));
-      float block[B::codes] = {};
-      std::copy_n(x + start, count, block);
+      float block[B::codes];
+      if (count == B::codes) {
+        std::memcpy(block, x + start, sizeof(block));
+      } else {
+        std::fill(std::copy_n(x + start, count, block), block + B::codes, 0.0f);
+      }
       floats most = {};
       for (int v = 0; v < B::codes; v += LANES) most = larger(most, size_of(load<floats>(block + v)));
       float step = largest(most) / 127.0f + unknown;
       for (int64_t term = 2 * at; term < 2 * at + 2; term++, step /= 254.0f) {
         made.sums[row * w.groups + g] += step * round_block<BITS>(block, step, made.words.data() + term * B::length);
         made.steps[term] = step;
-        if (!(step > large)) break;
+        if (step > large) continue;
+        if (term == 2 * at) made.steps[term + 1] = 0.0f;
+        break;
       }
     }
   }
@@ -179,7 +190,7 @@ void few_int8(const Weight& w, int64_t panel, int first, const Rounded& x, int64
 
 template <int BITS>
 void rows_int8(const Weight& w, const float* x, int64_t rows, const float* bias, float* out) {
-  const Rounded given = round_rows<BITS>(x, rows, w);
+  const Rounded& given = round_rows<BITS>(x, rows, w);
   const int64_t grain = worth_a_thread(0.02 * PANEL * w.columns * rows);
   at::parallel_for(0, w.panels(), grain, [&](int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; panel++)

@@ -269,21 +269,37 @@ void by_bits(int64_t bits, F&& call) {
   TORCH_CHECK(false, "codes have 2 to 8 bits, not ", bits);
 }
 
-at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale,
-                         const std::optional<at::Tensor>& zero, const std::optional<at::Tensor>& bias, int64_t bits,
-                         int64_t group_size, int64_t out_features, int64_t few, bool int8) {
+// Into `out` [..., out_features], float32 that lies in order.
+void linear(at::Tensor& out, const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale,
+            const std::optional<at::Tensor>& zero, const std::optional<at::Tensor>& bias, int64_t bits, int64_t group_size,
+            int64_t out_features, int64_t few, bool int8) {
   const at::Tensor given = x.to(at::kFloat).contiguous();
   const int64_t columns = x.size(-1), rows = columns ? x.numel() / columns : 0;
-  std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = out_features;
-  at::Tensor out = at::empty(shape, given.options());
   const Weight weight(codes, scale, zero, bits, group_size, out_features, columns);
   const at::Tensor added = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
   const float* bias_data = bias ? added.const_data_ptr<float>() : nullptr;
   by_bits(bits, [&](auto b) {
     product<b>(weight, given.const_data_ptr<float>(), rows, bias_data, out.mutable_data_ptr<float>(), few, int8);
   });
+}
+
+at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale,
+                         const std::optional<at::Tensor>& zero, const std::optional<at::Tensor>& bias, int64_t bits,
+                         int64_t group_size, int64_t out_features, int64_t few, bool int8) {
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = out_features;
+  at::Tensor out = at::empty(shape, x.options().dtype(at::kFloat));
+  linear(out, x, codes, scale, zero, bias, bits, group_size, out_features, few, int8);
   return out.to(x.scalar_type());
+}
+
+void packed_linear_into(at::Tensor& out, const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale,
+                        const std::optional<at::Tensor>& zero, const std::optional<at::Tensor>& bias, int64_t bits,
+                        int64_t group_size, int64_t out_features, int64_t few, bool int8) {
+  TORCH_CHECK(out.size(-1) == out_features && out.numel() * x.size(-1) == x.numel() * out_features, "the result has another shape");
+  if (x.scalar_type() == at::kFloat && out.scalar_type() == at::kFloat && out.is_contiguous())
+    return linear(out, x, codes, scale, zero, bias, bits, group_size, out_features, few, int8);
+  out.copy_(packed_linear(x, codes, scale, zero, bias, bits, group_size, out_features, few, int8));
 }
 
 at::Tensor packed_embedding(const at::Tensor& ids, const at::Tensor& codes, const at::Tensor& scale,
@@ -303,5 +319,6 @@ at::Tensor packed_embedding(const at::Tensor& ids, const at::Tensor& codes, cons
 
 TORCH_LIBRARY_IMPL(lwcompile, CPU, m) {
   m.impl("packed_linear", &packed_linear);
+  m.impl("packed_linear.into", &packed_linear_into);
   m.impl("packed_embedding", &packed_embedding);
 }

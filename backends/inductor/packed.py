@@ -33,11 +33,9 @@ As `int8.h` has them."""
 
 SOURCE = Path(__file__).with_name("packed.cpp")
 
-torch.library.define(
-    "lwcompile::packed_linear",
-    "(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, int out_features, int few, "
-    "bool int8) -> Tensor",
-)
+_TAKES = "Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, int out_features, int few, bool int8"
+torch.library.define("lwcompile::packed_linear", f"({_TAKES}) -> Tensor")
+torch.library.define("lwcompile::packed_linear.into", f"(Tensor(a!) out, {_TAKES}) -> ()")  # for a tape, see tape.py
 torch.library.define(
     "lwcompile::packed_embedding",
     "(Tensor ids, Tensor codes, Tensor scale, Tensor? zero, int bits, int group_size, int rows, int columns) -> Tensor",

@@ -82,6 +82,29 @@ struct Tape : torch::CustomClassHolder {
     return at;
   }
 
+  // Nothing is recorded any more. What lies in buffers that all calls share is found once: addresses for kernels, and views.
+  void seal(const std::vector<int64_t>& buffers) {
+    std::vector<bool> shared(slots.size());
+    for (int64_t at : buffers) shared[at] = true;
+    std::vector<Step> left;
+    for (Step& step : steps) {
+      if (step.base >= 0 && shared[step.base]) {
+        make(step);
+        shared[step.slot] = true;
+        continue;
+      }
+      for (auto& [at, number] : step.given)
+        if (at >= 0 && shared[at]) number += reinterpret_cast<int64_t>(slots[at].mutable_data_ptr()), at = -1;
+      for (size_t i = step.tensors.size(); i-- > 0;)
+        if (const auto [to, at] = step.tensors[i]; slots[at].defined()) {
+          step.arguments[to] = slots[at];
+          step.tensors.erase(step.tensors.begin() + i);
+        }
+      left.push_back(std::move(step));
+    }
+    steps = std::move(left);
+  }
+
   // The slot's tensor belongs to one call alone from here on.
   void renew(int64_t at) {
     Step step;
@@ -168,6 +191,10 @@ struct Tape : torch::CustomClassHolder {
   void play(const Step& step) {
     if (step.function) return launch(step);
     if (step.op) return dispatch(step);
+    make(step);
+  }
+
+  void make(const Step& step) {
     if (step.base < 0) {
       slots[step.slot] = forms[step.slot].anew();
     } else {
@@ -212,6 +239,7 @@ TORCH_LIBRARY_FRAGMENT(lwcompile, m) {
       .def(torch::init<std::vector<at::Tensor>, std::vector<at::Tensor>>())
       .def("keep", &Tape::keep)
       .def("renew", &Tape::renew)
+      .def("seal", &Tape::seal)
       .def("view", &Tape::view)
       .def("kernel", &Tape::kernel)
       .def("operation", &Tape::operation)

@@ -26,6 +26,9 @@ LIMIT, INPUTS = 64 << 20, 1 << 30
 """Bytes of buffers and outputs past which a tape is not kept, since calls that fill as many take longer than Python does; and of inputs
 (caches), which are copied once to prove it."""
 
+INTO = "into"
+"""The overload of an operator that takes its result to write into, as its first argument: that is then a buffer like those of kernels."""
+
 KERNELS = "cpp_"
 """How Inductor's names of compiled kernels begin."""
 
@@ -130,6 +133,10 @@ class Tape(TorchDispatchMode):
             slots.append(self._slot(value) if isinstance(value, Tensor) else -1)
             given.append(None if isinstance(value, Tensor) else "[]" if isinstance(value, list | tuple) and not value else value)
         self.operators += 1
+        if INTO in func.overloadpacket.overloads() and new == [True]:
+            slots, given = [self._home(results[0])[0], *slots], [None, *given]
+            self.made.operation(func._schema.name, INTO, given, slots, [], [])
+            return
         made_in = self.made.operation(func._schema.name, func._schema.overload_name, given, slots, results, new)
         for result, slot in zip(results, made_in):
             if slot >= 0:
@@ -183,6 +190,7 @@ class Tape(TorchDispatchMode):
         for slot in {self._home(v)[0] for v in made if v is not None} & set(self.buffers):
             self.made.renew(slot)
             del self.buffers[slot]
+        self.made.seal(list(self.buffers))
 
 
 def _memory(tensor: Tensor) -> int:
