@@ -86,9 +86,9 @@ class Counted:
     def __init__(self) -> None:
         from lwcompile.backends.dynamo import backend
         from lwcompile.backends.inductor.codegen import Eager, Inductor
-        from lwcompile.backends.inductor.replay import Replayed
         from lwcompile.backends.inductor.native import load
-    from lwcompile.backends.inductor.tape import SOURCE
+        from lwcompile.backends.inductor.replay import Replayed
+        from lwcompile.backends.inductor.tape import SOURCE
 
         load(SOURCE)  # builds what replays, which calls do not wait for
         self.made = self.left = 0
