@@ -24,6 +24,12 @@ def one_copy_of_every_class():
     assert not twice, f"imported from the folder instead of through lwcompile: {twice}"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def folder_of_all_processes(tmp_path_factory):
+    base = tmp_path_factory.getbasetemp()
+    os.environ["LWCOMPILE_TESTS"] = str(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+
+
 @pytest.fixture(autouse=True)
 def runs_in_a_temporary_place(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("LWCOMPILE_RUNS", str(tmp_path_factory.mktemp("runs")))

@@ -6,13 +6,13 @@ import inspect
 from functools import cache
 
 import torch
+from captures import captured_module
 from torch import Tensor, fx, nn
 
 from lwcompile.attention import SDPA
 from lwcompile.formats import NumericFormat
 from lwcompile.graph import ModelGraph, iterate_calls
 from lwcompile.passes.solve.rtn import Rtn
-from lwcompile.tracing import capture_module
 
 aten = torch.ops.aten
 VOCABULARY = 99
@@ -84,8 +84,7 @@ def capture(model: nn.Module, without: tuple[str, ...] = ()) -> ModelGraph:
     takes = inspect.signature(model.forward).parameters
     example = {name: tensor for name, tensor in batch(2, 16).items() if name in takes and name not in without}
     dynamic = {name: {0: "batch", 1: "sequence"} for name in example}
-    graph, _ = capture_module(model, {**example, "use_cache": False}, dynamic)
-    return graph
+    return captured_module(model, {**example, "use_cache": False}, dynamic)
 
 
 @cache

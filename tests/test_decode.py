@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -312,18 +311,11 @@ def test_the_check_sees_a_decode_graph_that_is_wrong(spoil):
 
 @pytest.mark.slow
 def test_smollm2_generates_as_transformers_does():
-    from lwcompile.demo import demo_model
-    from lwcompile.errors import BadInput
-    from lwcompile.sources import open_source
+    from test_real import real, real_program
 
-    try:
-        path = demo_model(Path(p) if (p := os.environ.get("LWCOMPILE_SMOLLM2")) else None)
-    except BadInput as error:
-        pytest.skip(str(error))
-    source = open_source(path)
-    part, tokenizer = source.parts["forward"], source.tokenizer()
+    source, graph = real("smollm2"), real_program("smollm2").main
+    tokenizer = source.tokenizer()
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
-    graph, _ = capture_module(part.model, part.example_kwargs, part.dynamic)
     prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time, in a small"]
     for surgery in (None, 3):
         edited = graph if surgery is None else zoo.without_attention(graph, surgery)
@@ -336,7 +328,7 @@ def test_smollm2_generates_as_transformers_does():
             wanted = zoo.run(edited, inputs)
             got, _ = step.all_logits(inputs["input_ids"], mask, inputs["position_ids"], None)
             assert zoo.closeness(got, wanted, mask) < TOLERANCE
-            produced = generate(step, inputs["input_ids"], mask, max_new_tokens=64)
-            made = source.model.generate(inputs["input_ids"], attention_mask=mask, **OPTIONS(64), eos_token_id=None)  # type: ignore[operator]
+            produced = generate(step, inputs["input_ids"], mask, max_new_tokens=24)
+            made = source.model.generate(inputs["input_ids"], attention_mask=mask, **OPTIONS(24), eos_token_id=None)  # type: ignore[operator]
             assert torch.equal(produced, made)
         [hook.remove() for hook in hooks]

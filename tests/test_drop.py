@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from captures import captured_module
 from torch import nn
 
 from lwcompile.context import Context
@@ -130,7 +131,7 @@ def remove_mlp(name: str, layer: Any) -> None:
 
 def capture(model: nn.Module, example: dict[str, Any]) -> Program:
     dynamic = {k: v for k, v in DYNAMIC.items() if k in example} or {"pixel_values": {0: "batch"}}
-    graph, _ = capture_module(model, example, dynamic)
+    graph = captured_module(model, example, dynamic)
     return Program({"forward": graph}, graph.store)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from captures import captured_module
 from torch import Tensor, nn
 
 from lwcompile.executor import run
@@ -96,7 +97,7 @@ def _mlp_of(block: Any) -> list[nn.Module]:
 
 def trace(case: Case) -> Program:
     free = {"pixel_values": {0: "batch"}, "input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "sequence"}}
-    graph, _ = capture_module(case.model.eval(), case.example, {k: free[k] for k in case.example if k in free})
+    graph = captured_module(case.model.eval(), case.example, {k: free[k] for k in case.example if k in free})
     return Program({"forward": graph}, graph.store)
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the kernels are Triton's: install lwcompil
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 makes kernels interpreted, which do not compile", allow_module_level=True)
 
-from lwcompile.backends.triton.aot import SHARED_LIMITS, Case, cases, compile_case, compiled
+from lwcompile.backends.triton.aot import BITS, SHARED_LIMITS, Case, cases, compile_case, compiled
 from lwcompile.errors import VerificationError
 
 HARDEST = (
@@ -97,7 +97,14 @@ def test_shared_memory_past_the_target_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", SHARED_LIMITS)
-def test_every_case_compiles(target: int) -> None:
-    for case in cases(target):
+@pytest.mark.parametrize("target,bits", [(80, (2, 5, 8)), (90, (4, 7)), (100, (3, 6))])
+def test_every_case_compiles(target: int, bits: tuple[int, ...]) -> None:
+    """Each width for one target; every kernel becomes a cubin for all of them above, and every case of every target's has its row in
+    `python -m benchmarks.triton_aot`, and here with LWCOMPILE_WHOLE=1."""
+    for case in cases(target, BITS if os.environ.get("LWCOMPILE_WHOLE") == "1" else bits):
         compile_case(case, target)
+
+
+def test_every_width_is_compiled() -> None:
+    widths = [mark.args[1] for mark in test_every_case_compiles.pytestmark if mark.name == "parametrize"]  # type: ignore[attr-defined]
+    assert sorted(b for _, bits in widths[0] for b in bits) == sorted(BITS)
