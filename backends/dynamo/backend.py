@@ -20,6 +20,10 @@ noticed at the next call, which then compiles the graph with its weights as inpu
 counts: a write through `.data` or NumPy is seen where the code reads the weight in place, which without options is nearly everywhere,
 and missed where something was computed from it or packed. Of several models of one class under equal options, each is compiled
 under its plan; without one the first is, and the others run as torch compiles them.
+
+Under a plan, what dynamo would ask of the model's modules before each call is asked at once (`watched`), and weights are not handed
+over. A changed module, attribute or class is compiled anew, as by dynamo's own guards; hooks that are added later are not noticed, as
+they are not by dynamo (`torch._dynamo.config.skip_nnmodule_hook_guards`).
 """
 
 from __future__ import annotations
