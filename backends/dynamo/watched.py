@@ -1,9 +1,9 @@
 """What dynamo would guard in a model's modules, looked at by one guard that loops in C, and weights that are not handed over.
 
 dynamo guards every module, dictionary and number that it read, one at a time, and loads every weight for every call: for thirty
-layers that is some 1,800 guards and 270 arguments, a quarter of the time that a small model takes to decode a token. What was read
+layers that is some 1,800 guards and 270 arguments, and much of the time that a small model takes to decode a token. What was read
 lies in dictionaries (`__dict__`, `_modules`, `_parameters`), so whether each of them holds, under its key, the object that it held
-implies what dynamo's guards ask of it, and takes a tenth of their time. Only guards of which that is true are taken over
+implies what dynamo's guards ask of it, and is known in a fraction of their time (still.py). Only guards of which that is true are taken over
 (`_ASKS`); all others stay.
 """
 
