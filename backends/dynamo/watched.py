@@ -3,8 +3,8 @@
 dynamo guards every module, dictionary and number that it read, one at a time, and loads every weight for every call: for thirty
 layers that is some 1,800 guards and 270 arguments, and much of the time that a small model takes to decode a token. What was read
 lies in dictionaries (`__dict__`, `_modules`, `_parameters`), so whether each of them holds, under its key, the object that it held
-implies what dynamo's guards ask of it, and is known in a fraction of their time (still.py). Only guards of which that is true are taken over
-(`_ASKS`); all others stay.
+implies what dynamo's guards ask of it, and is known in a fraction of their time (still.py). Only guards of which that is true are
+taken over (`_ASKS`); all others stay.
 """
 
 from __future__ import annotations
