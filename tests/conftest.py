@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -28,6 +29,22 @@ def one_copy_of_every_class():
 def folder_of_all_processes(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     os.environ["LWCOMPILE_TESTS"] = str(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[Any]:
+    """What torch.compile's backend made of each graph, in order."""
+    from lwcompile.backends.dynamo import backend
+
+    made: list[Any] = []
+    inner = backend.Compiled.__init__
+
+    def record(self: Any, *given: Any) -> None:
+        inner(self, *given)
+        made.append(self)
+
+    monkeypatch.setattr(backend.Compiled, "__init__", record)
+    return made
 
 
 @pytest.fixture(autouse=True)

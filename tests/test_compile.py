@@ -42,20 +42,6 @@ def fresh(tmp_path_factory, monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def graphs(monkeypatch) -> list[Any]:
-    """What the backend made of each graph, in order."""
-    made: list[Any] = []
-    inner = backend.Compiled.__init__
-
-    def record(self: Any, *given: Any) -> None:
-        inner(self, *given)
-        made.append(self)
-
-    monkeypatch.setattr(backend.Compiled, "__init__", record)
-    return made
-
-
 def compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="layerwise", options={**EAGER, **options})
 

@@ -328,7 +328,7 @@ def test_smollm2_generates_as_transformers_does():
             wanted = zoo.run(edited, inputs)
             got, _ = step.all_logits(inputs["input_ids"], mask, inputs["position_ids"], None)
             assert zoo.closeness(got, wanted, mask) < TOLERANCE
-            produced = generate(step, inputs["input_ids"], mask, max_new_tokens=24)
-            made = source.model.generate(inputs["input_ids"], attention_mask=mask, **OPTIONS(24), eos_token_id=None)  # type: ignore[operator]
+            produced = generate(step, inputs["input_ids"], mask, max_new_tokens=64)
+            made = source.model.generate(inputs["input_ids"], attention_mask=mask, **OPTIONS(64), eos_token_id=None)  # type: ignore[operator]
             assert torch.equal(produced, made)
         [hook.remove() for hook in hooks]

@@ -115,9 +115,9 @@ def test_a_real_encoder_comes_back_from_its_file(name, tmp_path):
         from safetensors.torch import save_file
 
         for part, seed in (("calibration", 0), ("evaluation", 1)):
-            noise = torch.randn(16, 3, 84, 84, generator=torch.Generator().manual_seed(seed))
+            noise = torch.randn(64, 3, 84, 84, generator=torch.Generator().manual_seed(seed))
             save_file({"pixel_values": noise}, tmp_path / f"{part}.safetensors")
-            recipe = recipe.with_(**{part: {"dataset": str(tmp_path / f"{part}.safetensors"), "samples": 8}})
+            recipe = recipe.with_(**{part: {"dataset": str(tmp_path / f"{part}.safetensors"), "samples": 32}})
     exact = "onnx{activations=float32}"
     result = pipeline.export(program, tmp_path / "out" / "model.onnx", recipe=recipe, backend=exact, run_dir=tmp_path / "run")
     assert result.path is not None and result.report.data["parity"]["errors"]

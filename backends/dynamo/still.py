@@ -23,10 +23,13 @@ SOURCE = Path(__file__).with_name("still.cpp"), "-lc10"
 Place = tuple[dict[Any, Any], Any]
 """A dictionary, and a key of it."""
 
+MANY = 200
+"""Of these and more, C++ looks at them: fewer are not worth a library, which the first to need it waits for when it ends."""
+
 NOTHING = object()
 """What lies where no such key is."""
 
-_version = attrgetter("_version")
+_version, _implementation = attrgetter("_version"), attrgetter("_cdata")
 
 
 class Places:
@@ -58,18 +61,18 @@ class Places:
         return [*map(dict.get, self.holders, self.keys, repeat(NOTHING))]
 
     def same(self) -> bool:
-        if (look := _looks("places")) is None:
+        if (look := _looks("places", len(self.keys))) is None:
             return all(map(is_, map(dict.get, self.holders, self.keys, repeat(NOTHING)), self.values))
         if self._table is None:
             there = (0 if value is NOTHING else id(value) for value in self.values)
             self._table = _table(map(id, self.holders), map(id, self.keys), there)
             dicts = {id(holder) for holder in self.holders}
             self._tags = _table(dicts, repeat(0, len(dicts)))
-        if (tags := _looks("tags")) is not None and tags(self._tags, len(self._tags) // 2):
+        if (tags := _looks("tags", len(self.keys))) is not None and tags(self._tags, len(self._tags) // 2):
             return True  # none of the dictionaries was written to
         if not look(self._table, len(self.keys)):
             return False
-        if (tag := _looks("tag")) is not None:
+        if (tag := _looks("tag", len(self.keys))) is not None:
             tag(self._tags, len(self._tags) // 2)
         return True
 
@@ -92,7 +95,7 @@ class Typed:
         self._table = None
 
     def same(self) -> bool:
-        if (look := _looks("types")) is None:
+        if (look := _looks("types", len(self.objects))) is None:
             return [*map(type, self.objects)] == self.classes
         if self._table is None:
             self._table = _table(map(id, self.objects), map(id, self.classes))
@@ -104,14 +107,17 @@ class Unwritten:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
+        self.implementations = [*map(_implementation, tensors)]
         self.versions, self.addresses = [*map(_version, tensors)], [*map(Tensor.data_ptr, tensors)]
         self._table: Any = None
 
     def same(self) -> bool:
-        if (look := _looks("tensors")) is None:
+        if (look := _looks("tensors", len(self.tensors))) is None:
             return [*map(_version, self.tensors)] == self.versions and [*map(Tensor.data_ptr, self.tensors)] == self.addresses
         if self._table is None:
-            self._table = _table((t._cdata for t in self.tensors), self.versions, self.addresses)
+            self._table = _table(self.implementations, self.versions, self.addresses)
+        if [*map(_implementation, self.tensors)] != self.implementations:  # swap_tensors: what the table names may be gone
+            return False
         return look(self._table, len(self.tensors))
 
 
@@ -124,8 +130,10 @@ def _table(*columns: Iterable[int]) -> Any:
 _found: dict[str, Callable[[Any, int], bool]] = {}
 
 
-def _looks(what: str) -> Callable[[Any, int], bool] | None:
-    """The function of C++; None as long as it is not there."""
+def _looks(what: str, count: int) -> Callable[[Any, int], bool] | None:
+    """The function of C++ that looks at so many; None where it is not worth it, or not there, or not yet."""
+    if count < MANY:
+        return None
     if not _found and native.beside(*SOURCE) is None:
         _found.update(_functions())
     return _found.get(what)
@@ -158,7 +166,7 @@ def _counted(tags: Callable[[Any, int], bool], tag: Callable[[Any, int], bool]) 
             return False
     owner = type("Owner", (), {})()
     table = _table([id(owner.__dict__)], [0])
-    for value in (1, 2):
+    for value in range(100):  # after some, Python writes attributes in another way
         tag(table, 1)
         owner.a = value
         if tags(table, 1):

@@ -124,7 +124,9 @@ def watch(module: fx.GraphModule, frozen: Sequence[int]) -> tuple[nn.Module, dic
     """Have dynamo ask a `Watch` in place of what it would ask of the model's modules.
 
     Returns the model, and where the weights at positions `frozen` lie, those of them that are found: dynamo asks nothing of them, so
-    somebody else has to. None where there is no model, it is not to be found, or watching it did not work out.
+    somebody else has to. None of them is where watching this model did not work out. None where there is no model, or none to be found.
+
+    Another model of its class is compiled anew in any case: to dynamo weights are inputs, and it would take this code for both.
     """
     context = torch._guards.TracingContext.try_get()
     nodes = module.graph.find_nodes(op="placeholder")
@@ -132,13 +134,14 @@ def watch(module: fx.GraphModule, frozen: Sequence[int]) -> tuple[nn.Module, dic
     if context is None or found is None:
         return None
     source, root = found
+    guards = context.guards_context.dynamo_guards
     before = _made.setdefault(root, [])
     if sum(not watch.holds(root) for watch in before) >= TRIES:
         log.info("dynamo looks at every module before each call: %s changes all the time", source.name)
-        return None
+        guards.add(source.make_guard(_is_this))
+        return root, {}
     before.append(made := Watch(str(source.name), root))
     places = {i: place for i in frozen if (place := made.place(source_of(nodes[i]))) is not None}
-    guards = context.guards_context.dynamo_guards
     weights = {source_of(nodes[i]) for i in places}
     asked = (g for g in guards.inner if not (str(g.name) in weights and g.create_fn_name() == "TENSOR_MATCH"))
     guards.inner = type(guards.inner)(g for g in asked if not made.takes(g))
@@ -181,7 +184,14 @@ def _model(source: Any) -> tuple[Any, nn.Module] | None:
         return None
 
 
+def _is_this(builder: Any, guard: Any) -> None:
+    builder.ID_MATCH(guard)  # and dynamo forgets the code when the module is gone
+
+
 def _ask(watched: Watch, builder: Any, guard: Any) -> None:
-    builder.ID_MATCH(guard)  # dynamo forgets the code when the module is gone
-    said = [f"{watched.name}'s modules hold what they held"]
-    builder.get_guard_manager(guard).add_lambda_guard(watched.holds, said, guard.user_stack)
+    _is_this(builder, guard)
+    add, said = builder.get_guard_manager(guard).add_lambda_guard, [f"{watched.name}'s modules hold what they held"]
+    try:
+        add(watched.holds, said, guard.user_stack)
+    except TypeError:  # before torch 2.13 without the last
+        add(watched.holds, said)

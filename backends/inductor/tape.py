@@ -29,6 +29,9 @@ LIMIT, INPUTS = 64 << 20, 1 << 30
 INTO = "into"
 """The overload of an operator that takes its result to write into, as its first argument: that is then a buffer like those of kernels."""
 
+SMALL = 1 << 16
+"""Bytes of a result up to which that is worth it. Larger ones take longer to fill than to allocate, and lie better where another was."""
+
 KERNELS = "cpp_"
 """How Inductor's names of compiled kernels begin."""
 
@@ -133,7 +136,7 @@ class Tape(TorchDispatchMode):
             slots.append(self._slot(value) if isinstance(value, Tensor) else -1)
             given.append(None if isinstance(value, Tensor) else "[]" if isinstance(value, list | tuple) and not value else value)
         self.operators += 1
-        if INTO in func.overloadpacket.overloads() and new == [True]:
+        if INTO in func.overloadpacket.overloads() and new == [True] and results[0].nbytes <= SMALL:
             slots, given = [self._home(results[0])[0], *slots], [None, *given]
             self.made.operation(func._schema.name, INTO, given, slots, [], [])
             return
