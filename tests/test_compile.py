@@ -172,6 +172,16 @@ def test_numbers_change_without_a_storm(codegen, graphs):
     assert len(graphs) == 2  # one for the first number, one for all
 
 
+def test_a_number_that_nothing_is_computed_of_is_no_input(graphs):
+    """The stride of a slice, which dynamo lets vary once it did: taken for a size, it kept kernels for fixed sizes from being used."""
+    c = torch.compile(net := nn.Linear(8, 8), backend="layerwise", options={"codegen": "eager"})
+    with torch.no_grad():
+        for x in (torch.randn(1, 8), torch.randn(1, 24)[:, :8], torch.randn(1, 30)[:, 2:10]):
+            assert torch.equal(c(x), net(x))
+    assert any(isinstance(n.meta["example_value"], torch.SymInt) for n in graphs[-1].module.graph.find_nodes(op="placeholder"))
+    assert all(len(made.inputs) == 1 for made in graphs)
+
+
 def test_twice_in_one_process(graphs):
     first, second = fresh_llama(layers=2), fresh_llama(layers=2, seed=1)
     a, b = compiled(first), compiled(second)

@@ -260,10 +260,20 @@ class _Builder:
         self.graph.output(tuple(self.values[node] for node in nodes))
         made = ModelGraph(self.graph, self.tensors, self.store, self.inputs, outputs)
         made.prune()
+        self._leave_out_unread(made)
         by_position = dict(zip(self.positions, (i.name for i in self.inputs)))
         taken = {name: by_position[i] for name, i in zip(outputs, writes.values())}
         examples = [f.value if isinstance(f := self.fakes[i], Counted) else f for i in self.positions]
         return Captured(made, self.frozen, self.positions, examples, writes=taken, results=results)
+
+    def _leave_out_unread(self, graph: ModelGraph) -> None:
+        """Numbers that nothing is computed of, such as the stride of a slice, would pass for a size that varies."""
+        nodes = graph.input_nodes()
+        kept = [k for k, i in enumerate(self.positions) if not isinstance(self.fakes[i], Counted) or nodes[self.inputs[k].name].users]
+        for k in {*range(len(self.inputs))} - {*kept}:
+            graph.graph.erase_node(nodes[self.inputs[k].name])
+        self.positions = [self.positions[k] for k in kept]
+        self.inputs[:] = [self.inputs[k] for k in kept]
 
 
 # --- memory that outputs share
