@@ -3,9 +3,7 @@
 
 #include <c10/core/TensorImpl.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 extern "C" {
 
@@ -43,19 +41,6 @@ struct Written {
   const void* data;
 };
 
-struct Formed {
-  const c10::TensorImpl* tensor;
-  int64_t keys, type, dimensions, sizes[5], strides[5];
-};
-
-static Formed formed(const c10::TensorImpl* t) {
-  Formed made{t, static_cast<int64_t>(t->key_set().raw_repr()), static_cast<int64_t>(t->dtype().toScalarType()), t->dim(), {}, {}};
-  made.type = (made.type << 16) + 2 * (t->device().index() + 1) + t->requires_grad();
-  std::copy(t->sizes().begin(), t->sizes().end(), made.sizes);
-  std::copy(t->strides().begin(), t->strides().end(), made.strides);
-  return made;
-}
-
 int lwcompile_places(const Place* all, int64_t count) {
   for (int64_t i = 0; i < count; i++)
     if (PyDict_GetItemWithError(all[i].dict, all[i].key) != all[i].value) return 0;
@@ -85,20 +70,6 @@ int lwcompile_types(const Typed* all, int64_t count) {
 int lwcompile_tensors(const Written* all, int64_t count) {
   for (int64_t i = 0; i < count; i++)
     if (all[i].tensor->version_counter().current_version() != all[i].version || all[i].tensor->data() != all[i].data) return 0;
-  return 1;
-}
-
-int lwcompile_form(Formed* all, int64_t count) {
-  for (int64_t i = 0; i < count; i++) all[i] = formed(all[i].tensor);
-  return 1;
-}
-
-int lwcompile_forms(const Formed* all, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    if (all[i].tensor->dim() != all[i].dimensions) return 0;  // before more of them are put down than there is room for
-    const Formed now = formed(all[i].tensor);
-    if (std::memcmp(&now, &all[i], sizeof(now)) != 0) return 0;
-  }
   return 1;
 }
 

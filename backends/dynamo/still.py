@@ -14,24 +14,20 @@ from operator import attrgetter, is_
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lwcompile.backends.dynamo.sources import NOTHING
 from lwcompile.backends.inductor import native
 
 SOURCE = Path(__file__).with_name("still.cpp"), "-lc10"
-
-FUNCTIONS = ("places", "types", "tensors", "tags", "tag", "forms", "form")
-
-DIMENSIONS, WORDS = 5, 14
-"""Of a tensor whose form C++ looks at, and of such a row."""
 
 Place = tuple[dict[Any, Any], Any]
 """A dictionary, and a key of it."""
 
 MANY = 200
 """Of these and more, C++ looks at them: fewer are not worth a library, which the first to need it waits for when it ends."""
+
+NOTHING = object()
+"""What lies where no such key is."""
 
 _version, _implementation = attrgetter("_version"), attrgetter("_cdata")
 
@@ -125,50 +121,6 @@ class Unwritten:
         return look(self._table, len(self.tensors))
 
 
-class Items:
-    """What lies in some lists."""
-
-    def __init__(self) -> None:
-        self.lists: list[list[Any]] = []
-        self.values: list[list[Any]] = []
-
-    def add(self, items: list[Any]) -> None:
-        self.lists.append(items)
-        self.values.append([*items])
-
-    def same(self) -> bool:
-        return all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(self.lists, self.values))
-
-
-class Forms:
-    """Tensors, and what they are but for their memory and what is in it."""
-
-    def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
-        self.tensors, self.forms = list(tensors), [*map(form, tensors)]
-        self.implementations = [*map(_implementation, tensors)]
-        self._table: Any = None
-
-    def same(self) -> bool:
-        look = _looks("forms", WORDS * len(self.tensors))
-        if look is None or any(t.dim() > DIMENSIONS for t in self.tensors):
-            return [*map(form, self.tensors)] == self.forms
-        if [*map(_implementation, self.tensors)] != self.implementations:
-            return False
-        if self._table is None:
-            if [*map(form, self.tensors)] != self.forms:
-                return False
-            rows = ([implementation] + [0] * (WORDS - 1) for implementation in self.implementations)
-            self._table = _table(*zip(*rows))
-            _found["form"](self._table, len(self.tensors))
-        return look(self._table, len(self.tensors))
-
-
-def form(of: Tensor) -> tuple[Any, ...]:
-    """What a tensor is but for its memory, as far as dynamo guards it."""
-    keys = torch._C._dispatch_keys(of).raw_repr()
-    return keys, of.dtype, of.device, of.requires_grad, tuple(of.shape), of.stride() if of.layout is torch.strided else None
-
-
 def _table(*columns: Iterable[int]) -> Any:
     """Rows of machine words."""
     words = list(chain.from_iterable(zip(*columns, strict=True)))
@@ -190,7 +142,7 @@ def _looks(what: str, count: int) -> Callable[[Any, int], bool] | None:
 @cache
 def _functions() -> dict[str, Any]:
     library = ctypes.PyDLL(str(native.library(SOURCE[0])))  # whose functions hold Python's lock
-    found = {what: getattr(library, f"lwcompile_{what}") for what in FUNCTIONS}
+    found = {what: getattr(library, f"lwcompile_{what}") for what in ("places", "types", "tensors", "tags", "tag")}
     for function in found.values():
         function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_bool
     if not _counted(found["tags"], found["tag"]):

@@ -10,29 +10,30 @@ taken over (`_ASKS`); all others stay.
 from __future__ import annotations
 
 import logging
+import re
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 
-from lwcompile.backends.dynamo import alike
 from lwcompile.backends.dynamo.capture import source_of
-from lwcompile.backends.dynamo.sources import CONSTANTS, NOTHING, found_in, guard_by, holder_of, steps_of, values_above
 from lwcompile.backends.dynamo.still import Place, Places, Typed
 
 log = logging.getLogger("lwcompile")
 
+_STEP = re.compile(r"\.([A-Za-z_]\w*)|\['([^'\\]*)'\]")
+_CONSTANTS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 _ASKS: dict[str, Any] = {
     **dict.fromkeys(("TYPE_MATCH", "ID_MATCH", "DUPLICATE_INPUT"), object),
-    **dict.fromkeys(("EQUALS_MATCH", "CONSTANT_MATCH", "NONE_MATCH", "TRUE_MATCH", "FALSE_MATCH"), CONSTANTS),
+    **dict.fromkeys(("EQUALS_MATCH", "CONSTANT_MATCH", "NONE_MATCH", "TRUE_MATCH", "FALSE_MATCH"), _CONSTANTS),
     "DICT_NOT_CONTAINS": dict,
     "NOT_PRESENT_IN_GENERIC_DICT": object,
-    "HASATTR": object,
 }
-"""Guards that ask of objects of these types nothing but which they are; the last three, whether a key is there."""
+"""Guards that ask of objects of these types nothing but which they are; the last two, that a key is not there."""
 
 TRIES = 3
 """Of one model. Something replaces an object there at every call then, maybe by its like, which dynamo's own guards would let pass."""
@@ -55,9 +56,9 @@ class Watch:
         path, value = found
         if not isinstance(value, _ASKS[kind]):
             return False
-        if kind in ("DICT_NOT_CONTAINS", "NOT_PRESENT_IN_GENERIC_DICT", "HASATTR"):
-            holder, key = (value, given.get("key")) if "key" in given else (holder_of(value, (".", given["attr"])), given["attr"])
-            if not isinstance(holder, dict) or key is None or (key in holder) != (kind == "HASATTR"):
+        if kind in ("DICT_NOT_CONTAINS", "NOT_PRESENT_IN_GENERIC_DICT"):
+            holder, key = (value, given.get("key")) if "key" in given else (getattr(value, "__dict__", None), given.get("attr"))
+            if not isinstance(holder, dict) or key is None or key in holder:
                 return False
             path.append((holder, key))
         if kind == "DUPLICATE_INPUT":
@@ -86,7 +87,7 @@ class Watch:
         """The same, where constants may be others of the same value."""
         found = self.places.now()
         for a, b in zip(found, self.places.values):
-            if a is not b and not (type(a) is type(b) and isinstance(a, CONSTANTS) and a == b):
+            if a is not b and not (type(a) is type(b) and isinstance(a, _CONSTANTS) and a == b):
                 return False
         self.places.take(found)
         return True
@@ -98,19 +99,24 @@ class Watch:
 
     def _find(self, name: str) -> tuple[list[Place], Any] | None:
         """The dictionaries that lead from the root to the object of this name, and the object; None where something else leads there."""
-        value, path = self.root(), list[Place]()
-        if (steps := steps_of(self.name, name)) is None:
+        if not name.startswith(self.name):
             return None
-        for step in steps:
-            holder = holder_of(value, step)
-            if not isinstance(holder, dict):
+        value, path, at = self.root(), list[Place](), len(self.name)
+        while at < len(name):
+            if (step := _STEP.match(name, at)) is None:
                 return None
-            if step == (".", "__dict__"):
+            at, (attribute, key) = step.end(), step.groups()
+            holder = value if attribute is None else getattr(value, "__dict__", None)
+            if not isinstance(holder, dict) or hasattr(getattr(type(value), attribute or "", None), "__set__"):
+                return None
+            if attribute == "__dict__":
                 value = holder
                 continue
-            if (value := found_in(holder, step[1])) is NOTHING:
+            key = attribute or key
+            if key not in holder:
                 return None
-            path.append((holder, step[1]))
+            path.append((holder, key))
+            value = holder[key]
         return path, value
 
 
@@ -139,8 +145,7 @@ def watch(module: fx.GraphModule, frozen: Sequence[int]) -> tuple[nn.Module, dic
     weights = {source_of(nodes[i]) for i in places}
     asked = (g for g in guards.inner if not (str(g.name) in weights and g.create_fn_name() == "TENSOR_MATCH"))
     guards.inner = type(guards.inner)(g for g in asked if not made.takes(g))
-    guards.add(guard_by(source, made.holds, f"{made.name}'s modules hold what they held", this=True))
-    alike.compare(guards, [node for i, node in enumerate(nodes) if i not in frozen])
+    guards.add(source.make_guard(partial(_ask, made)))
     return root, places
 
 
@@ -163,8 +168,17 @@ def leave_out(module: fx.GraphModule, weights: Mapping[int, Tensor]) -> None:
 
 def _model(source: Any) -> tuple[Any, nn.Module] | None:
     """The outermost module that a weight of this source belongs to, in the frame that dynamo traces, with its source."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    chain = []
+    while source is not None:
+        chain.append(source)
+        source = getattr(source, "base", None)
     try:
-        return next(((s, value) for s, value in values_above(source) if isinstance(value, nn.Module)), None)
+        output = InstructionTranslator.current_tx().output
+        scope = {"L": output.local_scope, "G": output.global_scope}
+        found = ((s, eval(str(s.name), scope)) for s in reversed(chain))
+        return next(((s, value) for s, value in found if isinstance(value, nn.Module)), None)
     except Exception as error:
         log.info("dynamo looks at every module before each call: %s: %s", type(error).__name__, error)
         return None
@@ -172,3 +186,12 @@ def _model(source: Any) -> tuple[Any, nn.Module] | None:
 
 def _is_this(builder: Any, guard: Any) -> None:
     builder.ID_MATCH(guard)  # and dynamo forgets the code when the module is gone
+
+
+def _ask(watched: Watch, builder: Any, guard: Any) -> None:
+    _is_this(builder, guard)
+    add, said = builder.get_guard_manager(guard).add_lambda_guard, [f"{watched.name}'s modules hold what they held"]
+    try:
+        add(watched.holds, said, guard.user_stack)
+    except TypeError:  # before torch 2.13 without the last
+        add(watched.holds, said)
