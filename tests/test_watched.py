@@ -234,6 +234,9 @@ def test_only_what_a_dictionary_decides_is_taken_over():
     assert watch.takes(asks("TYPE_MATCH", "L['m']._modules['0']._parameters"))
     assert watch.takes(asks("DICT_NOT_CONTAINS", "L['m']._modules['0'].__dict__", key="forward"))
     assert not watch.takes(asks("DICT_NOT_CONTAINS", "L['m']._modules['0'].__dict__", key="training"))
+    assert watch.takes(asks("HASATTR", "L['m']._modules['0']", attr="training"))
+    assert not watch.takes(asks("HASATTR", "L['m']._modules['0']", attr="weight"))  # its class looks for it elsewhere
+    assert not watch.takes(asks("HASATTR", "L['m']._modules['0']", attr="nowhere"))
     for kind, name in (
         ("EQUALS_MATCH", "L['m'].listed"),  # may change within
         ("TYPE_MATCH", "L['m'].listed[0]"),

@@ -32,8 +32,9 @@ _ASKS: dict[str, Any] = {
     **dict.fromkeys(("EQUALS_MATCH", "CONSTANT_MATCH", "NONE_MATCH", "TRUE_MATCH", "FALSE_MATCH"), _CONSTANTS),
     "DICT_NOT_CONTAINS": dict,
     "NOT_PRESENT_IN_GENERIC_DICT": object,
+    "HASATTR": object,
 }
-"""Guards that ask of objects of these types nothing but which they are; the last two, that a key is not there."""
+"""Guards that ask of objects of these types nothing but which they are; the last three, whether a key is there."""
 
 TRIES = 3
 """Of one model. Something replaces an object there at every call then, maybe by its like, which dynamo's own guards would let pass."""
@@ -56,9 +57,9 @@ class Watch:
         path, value = found
         if not isinstance(value, _ASKS[kind]):
             return False
-        if kind in ("DICT_NOT_CONTAINS", "NOT_PRESENT_IN_GENERIC_DICT"):
+        if kind in ("DICT_NOT_CONTAINS", "NOT_PRESENT_IN_GENERIC_DICT", "HASATTR"):
             holder, key = (value, given.get("key")) if "key" in given else (getattr(value, "__dict__", None), given.get("attr"))
-            if not isinstance(holder, dict) or key is None or key in holder:
+            if not isinstance(holder, dict) or key is None or (key in holder) != (kind == "HASATTR"):
                 return False
             path.append((holder, key))
         if kind == "DUPLICATE_INPUT":
