@@ -29,6 +29,7 @@ struct Rounded {
 };
 
 constexpr float LARGE = 4.0f / 127.0f;
+constexpr int NEAR = 2;  // panels that rows of x are multiplied by while both lie in the first cache
 
 template <int BITS>
 struct Block {
@@ -72,6 +73,33 @@ float root_mean_square(const float* x, int64_t count) {
   return static_cast<float>(std::sqrt(exact / count));
 }
 
+template <int BITS>
+void round_row(const float* x, int64_t row, const Weight& w, Rounded& made) {
+  using B = Block<BITS>;
+  const float size = root_mean_square(x, w.columns), large = LARGE * size;
+  const float unknown = std::isfinite(size) ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  for (int64_t i = 0, at = row * made.blocks; i < made.blocks; i++, at++) {
+    const int64_t g = i / B::of(w), place = i % B::of(w) * B::codes, start = g * w.group + place;
+    const int64_t count = std::max<int64_t>(0, std::min({int64_t{B::codes}, w.group - place, w.columns - start}));
+    float block[B::codes];
+    if (count == B::codes) {
+      std::memcpy(block, x + start, sizeof(block));
+    } else {
+      std::fill(std::copy_n(x + start, count, block), block + B::codes, 0.0f);
+    }
+    floats most = {};
+    for (int v = 0; v < B::codes; v += LANES) most = larger(most, size_of(load<floats>(block + v)));
+    float step = largest(most) / 127.0f + unknown;
+    for (int64_t term = 2 * at; term < 2 * at + 2; term++, step /= 254.0f) {
+      made.sums[row * w.groups + g] += step * round_block<BITS>(block, step, made.words.data() + term * B::length);
+      made.steps[term] = step;
+      if (step > large) continue;
+      if (term == 2 * at) made.steps[term + 1] = 0.0f;
+      break;
+    }
+  }
+}
+
 // Into a room of this thread's, which its next call takes again.
 template <int BITS>
 const Rounded& round_rows(const float* x, int64_t m, const Weight& w) {
@@ -82,50 +110,29 @@ const Rounded& round_rows(const float* x, int64_t m, const Weight& w) {
   made.words.resize(m * blocks * 2 * B::length);
   made.steps.resize(m * blocks * 2);
   made.sums.assign(m * w.groups, 0.0f);
-  for (int64_t row = 0; row < m; row++, x += w.columns) {
-    const float size = root_mean_square(x, w.columns), large = LARGE * size;
-    const float unknown = std::isfinite(size) ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-    for (int64_t i = 0, at = row * blocks; i < blocks; i++, at++) {
-      const int64_t g = i / B::of(w), place = i % B::of(w) * B::codes, start = g * w.group + place;
-      const int64_t count = std::max<int64_t>(0, std::min({int64_t{B::codes}, w.group - place, w.columns - start}));
-      float block[B::codes];
-      if (count == B::codes) {
-        std::memcpy(block, x + start, sizeof(block));
-      } else {
-        std::fill(std::copy_n(x + start, count, block), block + B::codes, 0.0f);
-      }
-      floats most = {};
-      for (int v = 0; v < B::codes; v += LANES) most = larger(most, size_of(load<floats>(block + v)));
-      float step = largest(most) / 127.0f + unknown;
-      for (int64_t term = 2 * at; term < 2 * at + 2; term++, step /= 254.0f) {
-        made.sums[row * w.groups + g] += step * round_block<BITS>(block, step, made.words.data() + term * B::length);
-        made.steps[term] = step;
-        if (step > large) continue;
-        if (term == 2 * at) made.steps[term + 1] = 0.0f;
-        break;
-      }
-    }
-  }
+  at::parallel_for(0, m, worth_a_thread(2.0 * w.columns), [&, made = &made](int64_t row, int64_t end) {
+    for (; row < end; row++) round_row<BITS>(x + row * w.columns, row, w, *made);
+  });
   return made;
 }
 
-// Bytes of a, 0 to 15, by bytes of b, added in pairs; and pairs of those.
-inline shorts by_pairs(words a, words b) {
-#ifdef VECTORS_OF_INTEL
-  return (shorts)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+// sum + bytes of a, 0 to 15, by bytes of b, added by twos or by fours; and a sum of them by fours.
+#if defined(VECTORS_OF_INTEL) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+typedef ints Sum;
+inline Sum add_products(Sum sum, words a, words b) { return (Sum)_mm256_dpbusd_epi32((__m256i)sum, (__m256i)a, (__m256i)b); }
+inline ints by_fours(Sum sum) { return sum; }
+#elif defined(VECTORS_OF_INTEL)
+typedef shorts Sum;
+inline Sum add_products(Sum sum, words a, words b) { return sum + (shorts)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
+inline ints by_fours(Sum sum) { return (ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
 #else
+typedef shorts Sum;
+inline Sum add_products(Sum sum, words a, words b) {
   const shorts codes = (shorts)a, x = (shorts)b;
-  return (codes & 255) * ((x << 8) >> 8) + (codes >> 8) * (x >> 8);
-#endif
+  return sum + (codes & 255) * ((x << 8) >> 8) + (codes >> 8) * (x >> 8);
 }
-
-inline ints pairs(shorts a) {
-#ifdef VECTORS_OF_INTEL
-  return (ints)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1));
-#else
-  return (((ints)a << 16) >> 16) + ((ints)a >> 16);
+inline ints by_fours(Sum sum) { return (((ints)sum << 16) >> 16) + ((ints)sum >> 16); }
 #endif
-}
 
 // sum [M][V] += T terms, from number `first` on, of block `at` of M rows of x, by the weights' `held` words from `codes` on.
 template <int BITS, int M, int V, int T>
@@ -134,7 +141,7 @@ inline void add_block(const int32_t* codes, int64_t held, const Rounded& x, int6
   const int32_t* given = x.words.data() + (2 * at + first) * B::length;
   const float* steps = x.steps.data() + 2 * at + first;
   const int64_t row = 2 * x.blocks;
-  shorts narrow[M][T][V] = {};
+  Sum narrow[M][T][V] = {};
 #pragma GCC unroll 1  // or a compiler hoists more than there are registers
   for (int64_t i = 0; i < held; i++, codes += PANEL, given += B::parts) {
     words word[V];
@@ -148,13 +155,13 @@ inline void add_block(const int32_t* codes, int64_t held, const Rounded& x, int6
 #pragma GCC unroll 2
         for (int t = 0; t < T; t++) {
           const words each = (uint32_t)given[(m * row + t) * B::length + part] - words{};
-          for (int v = 0; v < V; v++) narrow[m][t][v] += by_pairs(code[v], each);
+          for (int v = 0; v < V; v++) narrow[m][t][v] = add_products(narrow[m][t][v], code[v], each);
         }
     }
   }
   for (int m = 0; m < M; m++)
     for (int t = 0; t < T; t++)
-      for (int v = 0; v < V; v++) sum[m][v] += __builtin_convertvector(pairs(narrow[m][t][v]), floats) * all(steps[m * row + t]);
+      for (int v = 0; v < V; v++) sum[m][v] += __builtin_convertvector(by_fours(narrow[m][t][v]), floats) * all(steps[m * row + t]);
 }
 
 // V vectors of a panel's rows by M rows of x in int8, from `row` on: out [M, 32].
@@ -193,22 +200,23 @@ void rows_int8(const Weight& w, const float* x, int64_t rows, const float* bias,
   const Rounded& given = round_rows<BITS>(x, rows, w);
   const int64_t grain = worth_a_thread(0.02 * PANEL * w.columns * rows);
   at::parallel_for(0, w.panels(), grain, [&](int64_t first, int64_t last) {
-    for (int64_t panel = first; panel < last; panel++)
-      for (int64_t row = 0; row < rows; row += 4) {
-        const int64_t count = std::min<int64_t>(4, rows - row);
-        float made[4 * PANEL];
-        const auto halves = [&](auto m) {
-          for (int half = 0; half < VECTORS; half += 2) few_int8<BITS, m, 2>(w, panel, half, given, row, made);
-        };
-        if (count == 1) few_int8<BITS, 1, VECTORS>(w, panel, 0, given, row, made);
-        if (count == 2) halves(std::integral_constant<int, 2>{});
-        if (count == 3) halves(std::integral_constant<int, 3>{});
-        if (count == 4) halves(std::integral_constant<int, 4>{});
-        const int64_t begin = panel * PANEL, width = std::min<int64_t>(PANEL, w.rows - begin);
-        for (int64_t m = 0; m < count; m++)
-          for (int64_t n = 0; n < width; n++)
-            out[(row + m) * w.rows + begin + n] = made[m * PANEL + n] + (bias ? bias[begin + n] : 0.0f);
-      }
+    for (int64_t begin = first; begin < last; begin += NEAR)
+      for (int64_t row = 0; row < rows; row += 4)
+        for (int64_t panel = begin; panel < std::min(last, begin + NEAR); panel++) {
+          const int64_t count = std::min<int64_t>(4, rows - row);
+          float made[4 * PANEL];
+          const auto halves = [&](auto m) {
+            for (int half = 0; half < VECTORS; half += 2) few_int8<BITS, m, 2>(w, panel, half, given, row, made);
+          };
+          if (count == 1) few_int8<BITS, 1, VECTORS>(w, panel, 0, given, row, made);
+          if (count == 2) halves(std::integral_constant<int, 2>{});
+          if (count == 3) halves(std::integral_constant<int, 3>{});
+          if (count == 4) halves(std::integral_constant<int, 4>{});
+          const int64_t place = panel * PANEL, width = std::min<int64_t>(PANEL, w.rows - place);
+          for (int64_t m = 0; m < count; m++)
+            for (int64_t n = 0; n < width; n++)
+              out[(row + m) * w.rows + place + n] = made[m * PANEL + n] + (bias ? bias[place + n] : 0.0f);
+        }
   });
 }
 
