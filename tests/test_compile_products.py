@@ -45,6 +45,7 @@ pytest.importorskip("transformers", reason="the model is transformers' own: inst
 from tiny import VOCABULARY, ids, llama, llama_program
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the operators are C++")
+whole = pytest.mark.skipif(os.environ.get("LWCOMPILE_WHOLE") != "1", reason="built once more, for LWCOMPILE_WHOLE=1 only")
 
 SHAPES = [(33, 70, 16), (64, 128, 64), (5, 17, None), (70, 64, 7)]
 """Rows, columns and group size: whole and partial panels, words and groups."""
@@ -163,8 +164,9 @@ def test_int8_of_other_widths_is_refused():
         Panels.of(weight_of(3, SHAPES[0], "none")).multiply(random(1, 70), int8=True)
 
 
-def test_without_avx2_the_numbers_are_the_same(tmp_path):
-    """The plain C++ that other processors have, in a process of its own: operators are registered once."""
+@pytest.mark.parametrize("flag", ["-DPLAIN", pytest.param("-mno-avx512vnni", marks=whole)])
+def test_on_other_processors_the_numbers_are_the_same(flag, tmp_path):
+    """The plain C++ that runs without AVX2, and AVX2 alone, in a process of its own: operators are registered once."""
     weights = [Panels.of(weight_of(bits, (70, 200, 100), "integer")) for bits in (2, 3, 4)]
     x = random(5, 200)
     x[0, 3] = 1000
@@ -174,12 +176,12 @@ def test_without_avx2_the_numbers_are_the_same(tmp_path):
     script = """
 import sys, torch
 from lwcompile.backends.inductor import native, packed
-reason = native.load(packed.SOURCE, "-DPLAIN")
+reason = native.load(packed.SOURCE, sys.argv[3])
 assert reason is None, reason
 _, cases = torch.load(sys.argv[1], weights_only=False)
 torch.save([panels.multiply(x, None, few, int8) for panels, x, few, int8 in cases], sys.argv[2])
 """
-    command = [sys.executable, "-c", script, str(tmp_path / "cases"), str(tmp_path / "made")]
+    command = [sys.executable, "-c", script, str(tmp_path / "cases"), str(tmp_path / "made"), flag]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     for (panels, part, few, int8), made in zip(cases, torch.load(tmp_path / "made")):
         assert relative_error(panels.multiply(part, None, few, int8), made) < 1e-5, (panels.bits, len(part), few, int8)

@@ -1,5 +1,5 @@
 // Products of x in int8: each block of a row of x is rounded to bytes, and what that left again where it matters; codes of 2 and 4 bits
-// are multiplied as bytes (vpmaddubsw), exactly, and widened before 16 bits overflow.
+// are multiplied as bytes (vpdpbusd, or vpmaddubsw and widened before 16 bits overflow), exactly.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -37,34 +37,45 @@ struct Block {
   static int64_t of(const Weight& w) { return (w.held + words - 1) / words; }  // in one group
 };
 
+// 32 numbers of one byte each, in the order of the codes.
+template <int BITS>
+inline void store_bytes(const ints (&each)[4], int32_t* out) {
+#ifdef VECTORS_OF_INTEL
+  const __m256i halves[] = {_mm256_packs_epi32((__m256i)each[0], (__m256i)each[1]), _mm256_packs_epi32((__m256i)each[2], (__m256i)each[3])};
+  const __m256i mixed = _mm256_packs_epi16(halves[0], halves[1]);  // four of each, and the other four of each
+  const __m256i made = _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  const __m128i order = BITS == 4 ? _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15)
+                                  : _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_shuffle_epi8(made, _mm256_broadcastsi128_si256(order)));
+#else
+  auto* to = reinterpret_cast<int8_t*>(out);
+  constexpr int parts = 8 / BITS, whole = 4 * parts;
+  for (int k = 0; k < 4 * LANES; k++) to[k / whole * whole + k % parts * 4 + k % whole / parts] = static_cast<int8_t>(each[k / LANES][k % LANES]);
+#endif
+}
+
 // Rounds `block` to multiples of `step`, as bytes in the order of the codes, and leaves the rest in it; the sum of the multiples.
 template <int BITS>
 inline float round_block(float* block, float step, int32_t* out) {
   const floats shift = all(12582912.0f), inverse = all(step > 1e-37f ? 1.0f / step : 0.0f);  // adding 1.5 * 2^23 rounds to an integer
   floats sum = {};
-  bytes each[4];
+  ints each[4];
   for (int v = 0; v < 4; v++) {
     const floats x = load<floats>(block + v * LANES), steps = (x * inverse + shift) - shift;
     store(block + v * LANES, x - steps * all(step));
     sum += steps;
-    each[v] = __builtin_convertvector(__builtin_convertvector(steps, ints), bytes);
+    each[v] = __builtin_convertvector(steps, ints);
   }
-  auto* to = reinterpret_cast<int8_t*>(out);
-  for (int v = 0; v < 4; v++) {
-    if constexpr (BITS == 4) {
-      each[v] = __builtin_shufflevector(each[v], each[v], 0, 2, 4, 6, 1, 3, 5, 7);
-      std::memcpy(to + v * LANES, &each[v], LANES);
-    } else if (v % 2 == 0) {
-      const auto both = __builtin_shufflevector(each[v], each[v + 1], 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-      std::memcpy(to + v * LANES, &both, 2 * LANES);
-    }
-  }
+  store_bytes<BITS>(each, out);
   return total(sum);
 }
 
 float root_mean_square(const float* x, int64_t count) {
-  floats sum = {};
+  floats sums[4] = {};  // that do not wait for each other
   int64_t k = 0;
+  for (; k + 4 * LANES <= count; k += 4 * LANES)
+    for (int i = 0; i < 4; i++) sums[i] += load<floats>(x + k + i * LANES) * load<floats>(x + k + i * LANES);
+  floats sum = sums[0] + sums[1] + (sums[2] + sums[3]);
   for (; k + LANES <= count; k += LANES) sum += load<floats>(x + k) * load<floats>(x + k);
   float square = total(sum);
   for (; k < count; k++) square += x[k] * x[k];

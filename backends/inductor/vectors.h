@@ -21,7 +21,6 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef int16_t shorts __attribute__((vector_size(4 * LANES)));
 typedef uint16_t unsigned_shorts __attribute__((vector_size(4 * LANES)));
-typedef int8_t bytes __attribute__((vector_size(LANES)));
 
 template <class V, class T>
 inline V load(const T* from) {
