@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+
 class Unheard(logging.Logger):
     """Nobody listens, whoever asks to. torch writes whole graphs into its trace as soon as somebody does, and pytest listens to all."""
 

@@ -269,7 +269,9 @@ class _Builder:
     def _leave_out_unread(self, graph: ModelGraph) -> None:
         """Numbers that nothing is computed of, such as the stride of a slice, would pass for a size that varies."""
         nodes = graph.input_nodes()
-        kept = [k for k, i in enumerate(self.positions) if not isinstance(self.fakes[i], Counted) or nodes[self.inputs[k].name].users]
+        kept = [
+            k for k, i in enumerate(self.positions) if not isinstance(self.fakes[i], Counted) or nodes[self.inputs[k].name].users
+        ]
         for k in {*range(len(self.inputs))} - {*kept}:
             graph.graph.erase_node(nodes[self.inputs[k].name])
         self.positions = [self.positions[k] for k in kept]
