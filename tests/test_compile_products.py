@@ -187,6 +187,19 @@ torch.save([panels.multiply(x, None, few, int8) for panels, x, few, int8 in case
         assert relative_error(panels.multiply(part, None, few, int8), made) < 1e-5, (panels.bits, len(part), few, int8)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_threads_compute_what_one_does(int8):
+    panels, x, before = Panels.of(weight_of(4, (1500, 600, 64), "integer")), random(150, 600), torch.get_num_threads()
+    made = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            made.append([panels.multiply(x[:rows], None, 4, int8) for rows in (1, 4, 150)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*made))
+
+
 @pytest.mark.parametrize("shape", [(1, 9, 3, 1, 256, 64), (2, 4, 4, 3, 17, 32), (1, 6, 2, 4, 33, 96), (2, 4, 1, 2, 40, 128)])
 @pytest.mark.parametrize("kind", [None, torch.bool, torch.float32])
 def test_attention_of_few_queries(shape, kind):

@@ -6,8 +6,9 @@ projection set to zero. Every executor computes the reference's logits, and cont
 decode from a cache generate them; of the others each next token is looked up behind the tokens before it, which is the same by
 induction.
 
-Models: a tiny Llama of 3 blocks through all of them, and SmolLM2 cut to its first 4 blocks, with its own embedding and head, through
-eager and onnxruntime. With LWCOMPILE_WHOLE=1, SmolLM2 is whole, and goes through torch.compile too, which compiles it for a minute.
+Models: a tiny Llama of 3 blocks, and SmolLM2 cut to its first 4 blocks, with its own embedding and head: eager and onnxruntime take
+both, IREE SmolLM2, and the others the tiny one. With LWCOMPILE_WHOLE=1, SmolLM2 is whole, and goes through torch.compile too, which
+compiles it for a minute.
 """
 
 # pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false
@@ -207,8 +208,8 @@ EXECUTORS: dict[str, Callable[[Subject, Path], tuple[Tensor, Tensor | None]]] = 
     "triton": interpreted,
     "torch.compile by triton": compiled_by_triton,
 }
-OF_SMOLLM2 = ["eager", "onnxruntime", *(["torch.compile"] if WHOLE else [])]
-CASES = [*(("small_llama", name) for name in EXECUTORS), *(("smollm2", name) for name in OF_SMOLLM2)]
+OF_SMOLLM2 = ["eager", "onnxruntime", "iree", *(["torch.compile"] if WHOLE else [])]
+CASES = [*(("small_llama", name) for name in EXECUTORS if name != "iree"), *(("smollm2", name) for name in OF_SMOLLM2)]
 
 
 @pytest.mark.parametrize(("model", "executor"), CASES)

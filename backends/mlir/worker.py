@@ -66,7 +66,7 @@ class _Traced(nn.Module):
         super().__init__()
         self.graph = graph
         for key in dict.fromkeys(graph.tensors.values()):
-            self.register_buffer(f"t{key}", graph.store[key])
+            self.register_buffer(f"t{key}", graph.store[key].clone())  # not a map of the whole file each: they count as memory
 
     def forward(self, *inputs: Tensor) -> Any:
         from torch.fx.traceback import annotate
