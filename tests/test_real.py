@@ -145,7 +145,7 @@ def test_chat_compares_the_real_compressed_model_with_the_dense_one(tmp_path, ca
     plan = Plan({f"block{i}.mlp.down_proj": coarse for i in range(0, 30, 3)})
     recipe = RECIPE.with_(analyses=[Spec.parse("fisher{tokens=64}")], options=dict(plan.choices), evaluation={"samples": 4})
     pipeline.compress(real_program("smollm2"), tmp_path / "small", plan=plan, recipe=recipe, run_dir=tmp_path / "run")
-    line = ["chat", str(tmp_path / "small"), "--compare", path, "--prompt", "What is a compiler?", "--max-tokens", "6", "--json"]
+    line = ["chat", str(tmp_path / "small"), "--compare", path, "--prompt", "What is a compiler?", "--max-tokens", "12", "--json"]
     assert cli.run(line) == 0
     said = json.loads(capsys.readouterr().out)
     small, dense = (row["tokens"] for row in said["replies"])
@@ -154,7 +154,7 @@ def test_chat_compares_the_real_compressed_model_with_the_dense_one(tmp_path, ca
     text = loaded.tokenizer.apply_chat_template(template, add_generation_prompt=True, tokenize=False)
     ids = loaded.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     model: Any = source.model
-    assert dense == model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
-    assert small == loaded.generate(ids, max_new_tokens=6)[0, ids.shape[1] :].tolist()
+    assert dense == model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert small == loaded.generate(ids, max_new_tokens=12)[0, ids.shape[1] :].tolist()
     assert small != dense, "the plan changed no token, so the comparison shows nothing"
     assert said["diverges_at"] == next((k for k, (a, b) in enumerate(zip(small, dense)) if a != b), None)
