@@ -114,6 +114,10 @@ class LineProgress:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+TELLING = 0.02
+"""The share of a task from which on its time tells how long the rest takes: the first steps read weights and samples too."""
+
+
 class _Line:
     def __init__(self, progress: LineProgress, name: str, total: float) -> None:
         self.progress, self.name, self.total = progress, name, total
@@ -127,8 +131,8 @@ class _Line:
             return
         self.said = now
         share = min(self.steps / self.total, 1.0)
-        left = (now - self.started) * (1 / share - 1) if share > 0 else 0.0
-        self.progress.say(f"{self.name}: {100 * share:.0f} %, {format_seconds(left)} left")
+        told = f", {format_seconds((now - self.started) * (1 / share - 1))} left" if share >= TELLING else ""
+        self.progress.say(f"{self.name}: {100 * share:.0f} %{told}")
 
 
 def terminal_progress(console: Console | None = None) -> Progress:

@@ -374,6 +374,9 @@ def test_lines_say_the_share_and_the_time_left(monkeypatch):
         "scoring: 75 %, 20 s left",
         "scoring: done in 1 min 30 s",
     ]
+    with console.capture() as captured, LineProgress(console).task("scoring", 1000) as task:
+        task.advance()  # too little to tell by
+    assert captured.get().splitlines()[0] == "scoring: 0 %"
 
 
 def test_bars_nest_and_leave_one_line_each():
