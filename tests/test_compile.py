@@ -182,6 +182,13 @@ def test_a_number_that_nothing_is_computed_of_is_no_input(graphs):
     assert all(len(made.inputs) == 1 for made in graphs)
 
 
+def test_nobody_has_torch_s_trace_written_while_tests_run(caplog):
+    """`conftest.Unheard`: pytest's listening had every graph printed."""
+    from torch._logging import trace_structured
+
+    trace_structured("artifact", payload_fn=lambda: pytest.fail("somebody listens"))
+
+
 def test_twice_in_one_process(graphs):
     first, second = fresh_llama(layers=2), fresh_llama(layers=2, seed=1)
     a, b = compiled(first), compiled(second)

@@ -237,6 +237,7 @@ def test_only_what_a_dictionary_decides_is_taken_over():
     assert watch.takes(asks("HASATTR", "L['m']._modules['0']", attr="training"))
     assert not watch.takes(asks("HASATTR", "L['m']._modules['0']", attr="weight"))  # its class looks for it elsewhere
     assert not watch.takes(asks("HASATTR", "L['m']._modules['0']", attr="nowhere"))
+    assert not watch.takes(asks("HASATTR", "L['m']._modules['1']", attr="gain"))
     for kind, name in (
         ("EQUALS_MATCH", "L['m'].listed"),  # may change within
         ("TYPE_MATCH", "L['m'].listed[0]"),

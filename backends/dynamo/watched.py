@@ -61,6 +61,8 @@ class Watch:
             holder, key = (value, given.get("key")) if "key" in given else (getattr(value, "__dict__", None), given.get("attr"))
             if not isinstance(holder, dict) or key is None or (key in holder) != (kind == "HASATTR"):
                 return False
+            if kind == "HASATTR" and _computed(value, key):
+                return False
             path.append((holder, key))
         if kind == "DUPLICATE_INPUT":
             other = self._find(str(given["source_b"].name)) if "source_b" in given else None
@@ -108,7 +110,7 @@ class Watch:
                 return None
             at, (attribute, key) = step.end(), step.groups()
             holder = value if attribute is None else getattr(value, "__dict__", None)
-            if not isinstance(holder, dict) or hasattr(getattr(type(value), attribute or "", None), "__set__"):
+            if not isinstance(holder, dict) or _computed(value, attribute or ""):
                 return None
             if attribute == "__dict__":
                 value = holder
@@ -183,6 +185,11 @@ def _model(source: Any) -> tuple[Any, nn.Module] | None:
     except Exception as error:
         log.info("dynamo looks at every module before each call: %s: %s", type(error).__name__, error)
         return None
+
+
+def _computed(value: object, attribute: str) -> bool:
+    """Whether the class computes this attribute, whatever the dictionary holds."""
+    return hasattr(getattr(type(value), attribute, None), "__set__")
 
 
 def _is_this(builder: Any, guard: Any) -> None:
