@@ -164,7 +164,7 @@ def test_int8_of_other_widths_is_refused():
         Panels.of(weight_of(3, SHAPES[0], "none")).multiply(random(1, 70), int8=True)
 
 
-@pytest.mark.parametrize("flag", ["-DPLAIN", pytest.param("-mno-avx512vnni", marks=whole)])
+@pytest.mark.parametrize("flag", ["-DPLAIN", pytest.param("-DWITHOUT_VNNI", marks=whole)])
 def test_on_other_processors_the_numbers_are_the_same(flag, tmp_path):
     """The plain C++ that runs without AVX2, and AVX2 alone, in a process of its own: operators are registered once."""
     weights = [Panels.of(weight_of(bits, (70, 200, 100), "integer")) for bits in (2, 3, 4)]

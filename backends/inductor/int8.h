@@ -127,8 +127,9 @@ const Rounded& round_rows(const float* x, int64_t m, const Weight& w) {
   return made;
 }
 
-// sum + bytes of a, 0 to 15, by bytes of b, added by twos or by fours; and a sum of them by fours.
-#if defined(VECTORS_OF_INTEL) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+// sum + bytes of a, 0 to 15, by bytes of b, added by twos or by fours; and a sum of them by fours. Where the processor has VNNI, unless
+// WITHOUT_VNNI is defined, one instruction for both.
+#if defined(VECTORS_OF_INTEL) && defined(__AVX512VNNI__) && defined(__AVX512VL__) && !defined(WITHOUT_VNNI)
 typedef ints Sum;
 inline Sum add_products(Sum sum, words a, words b) { return (Sum)_mm256_dpbusd_epi32((__m256i)sum, (__m256i)a, (__m256i)b); }
 inline ints by_fours(Sum sum) { return sum; }
