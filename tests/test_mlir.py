@@ -295,6 +295,17 @@ def test_an_operator_that_does_not_lower_is_named():
     assert "does not lower aten." in reason and ".py" not in reason
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="what a process maps is read from /proc")
+def test_the_converter_does_not_map_the_whole_file_for_each_weight(tmp_path: Path):
+    """Its limit of memory counts every map whole: 272 weights of SmolLM2 were 272 times the file."""
+    from lwcompile.backends.mlir.worker import _Traced
+
+    tiny.llama_program(layers=1).save(tmp_path)
+    traced = _Traced(Program.load(tmp_path).main)
+    assert len(list(traced.buffers())) > 5
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 @converts
 def test_a_job_that_takes_too_long_is_ended(tmp_path: Path):
     with pytest.raises(child.Died, match="took more than 0 s while starting"):  # no machine is fast enough to end in none
