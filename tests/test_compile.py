@@ -8,6 +8,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +91,33 @@ def test_inductor_computes_the_module_and_its_code_is_kept(graphs):
     with torch.no_grad():
         model.gain.add_(1)
         assert relative_error(model(x, theirs), torch.compile(model, backend="layerwise")(x, mine)) < 1e-5
+
+
+@needs_compiler
+def test_the_libraries_of_kept_code_are_loaded_from_where_they_lie(graphs, monkeypatch):
+    """Inductor is not asked for them, which is a second of compilers and processes; it is for those that are gone."""
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    asked = []
+    inner = AsyncCompile.cpp_pybinding
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *given: asked.append(given) or inner(*given))
+    x, counts = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)), []
+    for known in (False, True, True):
+        torch._dynamo.reset()
+        kept._loaded.clear()
+        PyCodeCache.cache_clear()
+        model = Small()
+        with torch.no_grad():
+            made = torch.compile(model, backend="layerwise")(x, torch.ones(5, 16))
+            assert relative_error(model(x, torch.ones(5, 16)), made) < 1e-5
+        assert graphs[-1].was_kept is known
+        counts.append(len(asked))
+        (places,) = Path(cache_dir()).glob("lwcompile/*/*.libraries.json")
+        if known:
+            places.write_text(places.read_text().replace(".so", ".gone"))
+    assert counts[0] == counts[1] > 0 and counts[2] == 2 * counts[0]
 
 
 def test_what_a_key_cannot_say_is_not_kept(graphs, monkeypatch):

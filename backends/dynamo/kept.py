@@ -17,22 +17,28 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, fx
 
 from lwcompile.backends.dynamo.capture import Captured, source_of, stored_arguments
+from lwcompile.backends.inductor.native import instructions
 from lwcompile.contract import Code, Codegen
-from lwcompile.registry import load, make, plugins
-from lwcompile.rundir import code_hash, content_key, versions
+from lwcompile.registry import make, plugins
+from lwcompile.rundir import content_key, versions
 from lwcompile.store import tensor_key
 
 log = logging.getLogger("lwcompile")
 
 LIMIT = 64 << 20
 """Bytes of computed tensors past which an entry is not worth its disk."""
+
+SOURCES = ".py", ".cpp", ".h"
 
 Place = tuple[str, Any]
 """Where a tensor of the code comes from: `argument` or `turned` with its position, or `kept` with its name in the entry."""
@@ -57,13 +63,25 @@ def key(module: fx.GraphModule, arguments: Sequence[Any], codegen: str) -> str |
 
     if inductor.force_disable_caches or (words := _words(module, arguments)) is None:
         return None
-    made_by = [codegen, code_hash(Captured), *(code_hash(load("codegens", p.name)) for p in plugins("codegens"))]
+    modules = [__name__, *(p.value.partition(":")[0] for p in plugins("codegens"))]
+    made_by = [codegen, *map(_sources, modules)]
     settings = [
         inductor.save_config_portable(), torch.get_num_threads(), str(torch.get_default_dtype()), torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(), torch.is_inference_mode_enabled(), torch.is_grad_enabled(),
-        torch.backends.cpu.get_cpu_capability(), torch.__version__,
+        torch.backends.cpu.get_cpu_capability(), instructions(), torch.__version__,
     ]  # fmt: skip
     return content_key(words, made_by, settings, versions())
+
+
+@cache
+def _sources(module: str) -> list[str]:
+    """Hashes of the files beside a module. It is not imported for it: all codegens together take as long as loading a model's code."""
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        return []
+    file = Path(spec.origin)
+    files = [file] if "." not in module else sorted(f for f in file.parent.rglob("*") if f.suffix in SOURCES)
+    return [xxhash.xxh3_64_hexdigest(f.read_bytes()) for f in files]
 
 
 def _words(module: fx.GraphModule, arguments: Sequence[Any]) -> list[Any] | None:

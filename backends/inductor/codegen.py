@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from lwcompile.backends.inductor import attention, products
 from lwcompile.backends.inductor.checked import Checked
+from lwcompile.backends.inductor.libraries import Libraries, noted
 from lwcompile.backends.inductor.lower import lowered
 from lwcompile.backends.inductor.replay import Replayed
 from lwcompile.backends.inductor.ways import Choice
@@ -79,16 +80,19 @@ class Inductor(Codegen):
         mode = torch._guards.detect_fake_mode(fakes)
         fakes = [*(t if mode is None else mode.from_tensor(t, static_shapes=True) for t in tensors), *fakes]
         settings: dict[str, Any] = {}
+        libraries = Libraries()
         if (
             graph.level() != "captured"
         ):  # no check for each part of each packed weight, and no threads woken for a row's few numbers
             settings = {"size_asserts": False, "cpp.min_chunk_size": 1 << 14}
-        with torch.no_grad(), torch._functorch.config.patch(bundled_autograd_cache=True), _tracing(mode):
+        with torch.no_grad(), torch._functorch.config.patch(bundled_autograd_cache=True), _tracing(mode), libraries.noting():
             compiled: Any = compile_fx(module, fakes, config_patches=settings)
         if self.activations == "int8" and graph.level() == "quantized":
             return Code(Checked(compiled, graph, len(tensors)), tuple(tensors))
         keeps = hasattr(compiled, "serialize")
-        return Code(lambda values: compiled(*values), tuple(tensors), (lambda path: _save(compiled, path)) if keeps else None)
+        return Code(
+            lambda values: compiled(*values), tuple(tensors), (lambda path: _save(compiled, libraries, path)) if keeps else None
+        )
 
     def seconds(self, graph: ModelGraph) -> float | None:
         if graph.level() == "captured" or self.products != "measured":
@@ -113,17 +117,24 @@ class Inductor(Codegen):
     def load(self, path: Path) -> Callable[[Sequence[Tensor]], Sequence[Any]]:
         from torch._inductor.standalone_compile import AOTCompiledArtifact
 
-        code = AOTCompiledArtifact.deserialize(path.read_bytes())
+        with noted(_places(path)):
+            code = AOTCompiledArtifact.deserialize(path.read_bytes())
         return lambda values: code(*values)
 
     def bind(self, call: Callable[[Sequence[Tensor]], Sequence[Any]], tensors: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
         return Replayed(call, tensors) if self.replay else super().bind(call, tensors)
 
 
-def _save(compiled: Any, path: Path) -> None:
+def _save(compiled: Any, libraries: Libraries, path: Path) -> None:
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
     write_atomic(path, AOTCompiledArtifact(compiled).serialize())
+    libraries.save(_places(path))
+
+
+def _places(path: Path) -> Path:
+    """Of the libraries of the code in this file."""
+    return path.with_suffix(".libraries.json")
 
 
 def _tracing(mode: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 import threading
 from functools import cache
@@ -45,19 +47,18 @@ def load(source: Path, *flags: str) -> str | None:
     """Build a source file's library, with more flags for the compiler, and load the operators that it registers; why it cannot be had,
     or None.
 
-    The library is named after the source, the compiler's command and torch's version, so that an edited one is built anew.
+    The library is named after the source, the flags, torch's version, the processor and the compiler's settings, so that an edited one
+    is built anew. The compiler's command would say the same, but takes half a second of trying instructions out.
     """
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    import torch._inductor.config as inductor
 
     folder = cache_root() / "native"
     try:
-        options = CppTorchOptions(vec_isa=pick_vec_isa(), warning_all=False, extra_flags=("-ffp-contract=fast", *flags))
-        command = CppBuilder("library", source.name, options, str(folder)).get_command_line()
-        key = xxhash.xxh3_64_hexdigest(f"{code_of(source)} {torch.__version__} {command}".encode())
-        target = folder / f"{source.stem}-{key}.so"
+        settings = inductor.cpp.cxx, inductor.cpp.simdlen, os.environ.get("CXX"), os.environ.get("ATEN_CPU_CAPABILITY")
+        words = code_of(source), flags, torch.__version__, sys.version, instructions(), settings
+        target = folder / f"{source.stem}-{xxhash.xxh3_64_hexdigest(repr(words).encode())}.so"
         if not target.is_file():
-            _build(source, options, target)
+            _build(source, flags, target)
         torch.ops.load_library(target)
         _libraries[source] = target
     except Exception as error:  # no compiler, or one that refuses the source; a folder or a library that cannot be used
@@ -65,12 +66,20 @@ def load(source: Path, *flags: str) -> str | None:
     return None
 
 
-def _build(source: Path, options: object, target: Path) -> None:
-    from torch._inductor.cpp_builder import CppBuilder
+def instructions() -> str:
+    """The sets of instructions that the processor has."""
+    has = torch.cpu.get_capabilities()
+    return " ".join(sorted(str(name) for name, value in has.items() if value is True))
 
+
+def _build(source: Path, flags: tuple[str, ...], target: Path) -> None:
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    options = CppTorchOptions(vec_isa=pick_vec_isa(), warning_all=False, extra_flags=("-ffp-contract=fast", *flags))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        builder = CppBuilder(source.stem, str(source), options, folder)  # type: ignore[arg-type]
+        builder = CppBuilder(source.stem, str(source), options, folder)
         builder.build()
         Path(builder.get_target_file_path()).replace(target)
 
