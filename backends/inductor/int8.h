@@ -24,8 +24,8 @@ struct Rounded {
   int64_t blocks = 0;
   std::vector<int32_t> words;  // [m, blocks, 2, words of a block, 8/bits]
   std::vector<float> steps;    // [m, blocks, 2], 0 for a term that is not there
+  std::vector<uint8_t> two;    // [m, blocks], whether the second is there
   std::vector<float> sums;     // [m, groups], of what x was rounded to
-  bool two(int64_t block) const { return steps[2 * block + 1] != 0; }
 };
 
 constexpr float LARGE = 4.0f / 127.0f;
@@ -54,20 +54,21 @@ inline void store_bytes(const ints (&each)[4], int32_t* out) {
 #endif
 }
 
-// Rounds `block` to multiples of `step`, as bytes in the order of the codes, and leaves the rest in it; the sum of the multiples.
+// Rounds `block` to multiples of `step`, as bytes in the order of the codes, and leaves the rest in it; what it was rounded to is added
+// to `sum`.
 template <int BITS>
-inline float round_block(float* block, float step, int32_t* out) {
+inline void round_block(floats (&block)[4], float step, int32_t* out, floats& sum) {
   const floats shift = all(12582912.0f), inverse = all(step > 1e-37f ? 1.0f / step : 0.0f);  // adding 1.5 * 2^23 rounds to an integer
-  floats sum = {};
+  floats whole = {};
   ints each[4];
   for (int v = 0; v < 4; v++) {
-    const floats x = load<floats>(block + v * LANES), steps = (x * inverse + shift) - shift;
-    store(block + v * LANES, x - steps * all(step));
-    sum += steps;
+    const floats steps = (block[v] * inverse + shift) - shift;
+    block[v] -= steps * all(step);
+    whole += steps;
     each[v] = __builtin_convertvector(steps, ints);
   }
+  sum += whole * all(step);
   store_bytes<BITS>(each, out);
-  return total(sum);
 }
 
 float root_mean_square(const float* x, int64_t count) {
@@ -89,25 +90,27 @@ void round_row(const float* x, int64_t row, const Weight& w, Rounded& made) {
   using B = Block<BITS>;
   const float size = root_mean_square(x, w.columns), large = LARGE * size;
   const float unknown = std::isfinite(size) ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  for (int64_t i = 0, at = row * made.blocks; i < made.blocks; i++, at++) {
-    const int64_t g = i / B::of(w), place = i % B::of(w) * B::codes, start = g * w.group + place;
-    const int64_t count = std::max<int64_t>(0, std::min({int64_t{B::codes}, w.group - place, w.columns - start}));
-    float block[B::codes];
-    if (count == B::codes) {
-      std::memcpy(block, x + start, sizeof(block));
-    } else {
-      std::fill(std::copy_n(x + start, count, block), block + B::codes, 0.0f);
+  int32_t* out = made.words.data() + row * made.blocks * 2 * B::length;
+  float* steps = made.steps.data() + row * made.blocks * 2;
+  uint8_t* two = made.two.data() + row * made.blocks;
+  for (int64_t g = 0, start = 0; g < w.groups; g++, start += w.group) {
+    const int64_t end = std::min(start + w.group, w.columns);
+    floats sum = {};
+    for (int64_t i = 0, at = start; i < B::of(w); i++, at += B::codes, out += 2 * B::length, steps += 2, two++) {
+      floats block[4] = {};
+      if (at + B::codes <= end)
+        for (int v = 0; v < 4; v++) block[v] = load<floats>(x + at + v * LANES);
+      else if (at < end)
+        std::memcpy(block, x + at, (end - at) * sizeof(float));
+      floats most = size_of(block[0]);
+      for (int v = 1; v < 4; v++) most = larger(most, size_of(block[v]));
+      steps[0] = largest(most) / 127.0f + unknown;
+      steps[1] = steps[0] > large ? steps[0] / 254.0f : 0.0f;
+      *two = steps[1] != 0.0f;
+      round_block<BITS>(block, steps[0], out, sum);
+      if (*two) round_block<BITS>(block, steps[1], out + B::length, sum);
     }
-    floats most = {};
-    for (int v = 0; v < B::codes; v += LANES) most = larger(most, size_of(load<floats>(block + v)));
-    float step = largest(most) / 127.0f + unknown;
-    for (int64_t term = 2 * at; term < 2 * at + 2; term++, step /= 254.0f) {
-      made.sums[row * w.groups + g] += step * round_block<BITS>(block, step, made.words.data() + term * B::length);
-      made.steps[term] = step;
-      if (step > large) continue;
-      if (term == 2 * at) made.steps[term + 1] = 0.0f;
-      break;
-    }
+    made.sums[row * w.groups + g] = total(sum);
   }
 }
 
@@ -120,7 +123,8 @@ const Rounded& round_rows(const float* x, int64_t m, const Weight& w) {
   const int64_t blocks = made.blocks = w.groups * B::of(w);
   made.words.resize(m * blocks * 2 * B::length);
   made.steps.resize(m * blocks * 2);
-  made.sums.assign(m * w.groups, 0.0f);
+  made.two.resize(m * blocks);
+  made.sums.resize(m * w.groups);
   at::parallel_for(0, m, worth_a_thread(2.0 * w.columns), [&, made = &made](int64_t row, int64_t end) {
     for (; row < end; row++) round_row<BITS>(x + row * w.columns, row, w, *made);
   });
@@ -188,8 +192,8 @@ void few_int8(const Weight& w, int64_t panel, int first, const Rounded& x, int64
       const int64_t held = std::min<int64_t>(B::words, w.held - i);
       if (V == VECTORS)
         for (int line = 0; line < 2 * B::words; line++) __builtin_prefetch(codes + AHEAD + line * (PANEL / 2));
-      bool two = false;
-      for (int m = 0; m < M; m++) two |= x.two(at + m * x.blocks);
+      uint8_t two = 0;
+      for (int m = 0; m < M; m++) two |= x.two[at + m * x.blocks];
       if (M == 1 && two) {
         add_block<BITS, M, V, 2>(codes, held, x, at, 0, sum);
       } else {
