@@ -125,34 +125,56 @@ const Rounded& round_rows(const float* x, int64_t m, const Weight& w) {
   made.steps.resize(m * blocks * 2);
   made.two.resize(m * blocks);
   made.sums.resize(m * w.groups);
-  at::parallel_for(0, m, worth_a_thread(2.0 * w.columns), [&, made = &made](int64_t row, int64_t end) {
+  at::parallel_for(0, m, worth_a_thread(0.5 * w.columns), [&, made = &made](int64_t row, int64_t end) {
     for (; row < end; row++) round_row<BITS>(x + row * w.columns, row, w, *made);
   });
   return made;
 }
 
-// sum + bytes of a, 0 to 15, by bytes of b, added by twos or by fours; and a sum of them by fours. Where the processor has VNNI, unless
-// WITHOUT_VNNI is defined, one instruction for both.
-#if defined(VECTORS_OF_INTEL) && defined(__AVX512VNNI__) && defined(__AVX512VL__) && !defined(WITHOUT_VNNI)
-typedef ints Sum;
-inline Sum add_products(Sum sum, words a, words b) { return (Sum)_mm256_dpbusd_epi32((__m256i)sum, (__m256i)a, (__m256i)b); }
-inline ints by_fours(Sum sum) { return sum; }
-#elif defined(VECTORS_OF_INTEL)
-typedef shorts Sum;
-inline Sum add_products(Sum sum, words a, words b) { return sum + (shorts)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
-inline ints by_fours(Sum sum) { return (ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
+// Vectors of products are twice as wide where the processor has VNNI, unless WITHOUT_VNNI is defined: half of a panel then is one
+// vector, and four rows by it leave registers free, which compilers spill four rows by two vectors for.
+#if defined(VECTORS_OF_INTEL) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && !defined(WITHOUT_VNNI)
+#define VNNI
+constexpr int WIDE = 2 * LANES;
 #else
-typedef shorts Sum;
-inline Sum add_products(Sum sum, words a, words b) {
-  const shorts codes = (shorts)a, x = (shorts)b;
+constexpr int WIDE = LANES;
+#endif
+constexpr int WIDES = PANEL / WIDE, HALF = WIDES / 2;
+typedef float wide_floats __attribute__((vector_size(4 * WIDE)));
+typedef int32_t wide_ints __attribute__((vector_size(4 * WIDE)));
+typedef uint32_t wide_words __attribute__((vector_size(4 * WIDE)));
+typedef int16_t wide_shorts __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t wide_unsigned_shorts __attribute__((vector_size(4 * WIDE)));
+
+inline wide_floats wide(const Grid& grid, int64_t row, int vector) {
+#ifdef VNNI
+  return __builtin_shufflevector(grid(row, 2 * vector), grid(row, 2 * vector + 1), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  return grid(row, vector);
+#endif
+}
+
+// sum + bytes of a, 0 to 15, by bytes of b, added by twos or by fours (VNNI); and a sum of them by fours.
+#ifdef VNNI
+typedef wide_ints Sum;
+inline Sum add_products(Sum sum, wide_words a, wide_words b) { return (Sum)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b); }
+inline wide_ints by_fours(Sum sum) { return sum; }
+#elif defined(VECTORS_OF_INTEL)
+typedef wide_shorts Sum;
+inline Sum add_products(Sum sum, wide_words a, wide_words b) { return sum + (wide_shorts)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
+inline wide_ints by_fours(Sum sum) { return (wide_ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
+#else
+typedef wide_shorts Sum;
+inline Sum add_products(Sum sum, wide_words a, wide_words b) {
+  const wide_shorts codes = (wide_shorts)a, x = (wide_shorts)b;
   return sum + (codes & 255) * ((x << 8) >> 8) + (codes >> 8) * (x >> 8);
 }
-inline ints by_fours(Sum sum) { return (((ints)sum << 16) >> 16) + ((ints)sum >> 16); }
+inline wide_ints by_fours(Sum sum) { return (((wide_ints)sum << 16) >> 16) + ((wide_ints)sum >> 16); }
 #endif
 
 // sum [M][V] += T terms, from number `first` on, of block `at` of M rows of x, by the weights' `held` words from `codes` on.
 template <int BITS, int M, int V, int T>
-inline void add_block(const int32_t* codes, int64_t held, const Rounded& x, int64_t at, int64_t first, floats (&sum)[M][V]) {
+inline void add_block(const int32_t* codes, int64_t held, const Rounded& x, int64_t at, int64_t first, wide_floats (&sum)[M][V]) {
   using B = Block<BITS>;
   const int32_t* given = x.words.data() + (2 * at + first) * B::length;
   const float* steps = x.steps.data() + 2 * at + first;
@@ -160,37 +182,37 @@ inline void add_block(const int32_t* codes, int64_t held, const Rounded& x, int6
   Sum narrow[M][T][V] = {};
 #pragma GCC unroll 1  // or a compiler hoists more than there are registers
   for (int64_t i = 0; i < held; i++, codes += PANEL, given += B::parts) {
-    words word[V];
-    for (int v = 0; v < V; v++) word[v] = load<words>(codes + v * LANES);
+    wide_words word[V];
+    for (int v = 0; v < V; v++) word[v] = load<wide_words>(codes + v * WIDE);
 #pragma GCC unroll 4
     for (int part = 0; part < B::parts; part++) {
-      words code[V];
-      for (int v = 0; v < V; v++) code[v] = (words)((unsigned_shorts)word[v] >> (BITS * part)) & (((1u << BITS) - 1) * 0x01010101u);
+      wide_words code[V];
+      for (int v = 0; v < V; v++) code[v] = (wide_words)((wide_unsigned_shorts)word[v] >> (BITS * part)) & (((1u << BITS) - 1) * 0x01010101u);
 #pragma GCC unroll 4
       for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
         for (int t = 0; t < T; t++) {
-          const words each = (uint32_t)given[(m * row + t) * B::length + part] - words{};
+          const wide_words each = (uint32_t)given[(m * row + t) * B::length + part] - wide_words{};
           for (int v = 0; v < V; v++) narrow[m][t][v] = add_products(narrow[m][t][v], code[v], each);
         }
     }
   }
   for (int m = 0; m < M; m++)
     for (int t = 0; t < T; t++)
-      for (int v = 0; v < V; v++) sum[m][v] += __builtin_convertvector(by_fours(narrow[m][t][v]), floats) * all(steps[m * row + t]);
+      for (int v = 0; v < V; v++) sum[m][v] += __builtin_convertvector(by_fours(narrow[m][t][v]), wide_floats) * (steps[m * row + t] - wide_floats{});
 }
 
 // V vectors of a panel's rows by M rows of x in int8, from `row` on: out [M, 32].
 template <int BITS, int M, int V>
 void few_int8(const Weight& w, int64_t panel, int first, const Rounded& x, int64_t row, float* out) {
   using B = Block<BITS>;
-  const int32_t* codes = w.codes + panel * w.groups * w.held * PANEL + first * LANES;
-  floats total[M][V] = {};
+  const int32_t* codes = w.codes + panel * w.groups * w.held * PANEL + first * WIDE;
+  wide_floats total[M][V] = {};
   for (int64_t g = 0, at = row * x.blocks; g < w.groups; g++) {
-    floats sum[M][V] = {};
+    wide_floats sum[M][V] = {};
     for (int64_t i = 0; i < w.held; i += B::words, at++) {
       const int64_t held = std::min<int64_t>(B::words, w.held - i);
-      if (V == VECTORS)
+      if (V == WIDES)
         for (int line = 0; line < 2 * B::words; line++) __builtin_prefetch(codes + AHEAD + line * (PANEL / 2));
       uint8_t two = 0;
       for (int m = 0; m < M; m++) two |= x.two[at + m * x.blocks];
@@ -203,12 +225,12 @@ void few_int8(const Weight& w, int64_t panel, int first, const Rounded& x, int64
       codes += held * PANEL;
     }
     for (int v = 0; v < V; v++) {
-      const floats scale = w.scale(panel * w.groups + g, first + v), zero = w.zero(panel * w.groups + g, first + v);
+      const wide_floats scale = wide(w.scale, panel * w.groups + g, first + v), zero = wide(w.zero, panel * w.groups + g, first + v);
       for (int m = 0; m < M; m++) total[m][v] += scale * (sum[m][v] - zero * x.sums[(row + m) * w.groups + g]);
     }
   }
   for (int m = 0; m < M; m++)
-    for (int v = 0; v < V; v++) store(out + m * PANEL + (first + v) * LANES, total[m][v]);
+    for (int v = 0; v < V; v++) std::memcpy(out + m * PANEL + (first + v) * WIDE, &total[m][v], sizeof(wide_floats));
 }
 
 template <int BITS>
@@ -222,9 +244,9 @@ void rows_int8(const Weight& w, const float* x, int64_t rows, const float* bias,
           const int64_t count = std::min<int64_t>(4, rows - row);
           float made[4 * PANEL];
           const auto halves = [&](auto m) {
-            for (int half = 0; half < VECTORS; half += 2) few_int8<BITS, m, 2>(w, panel, half, given, row, made);
+            for (int half = 0; half < WIDES; half += HALF) few_int8<BITS, m, HALF>(w, panel, half, given, row, made);
           };
-          if (count == 1) few_int8<BITS, 1, VECTORS>(w, panel, 0, given, row, made);
+          if (count == 1) few_int8<BITS, 1, WIDES>(w, panel, 0, given, row, made);
           if (count == 2) halves(std::integral_constant<int, 2>{});
           if (count == 3) halves(std::integral_constant<int, 3>{});
           if (count == 4) halves(std::integral_constant<int, 4>{});
