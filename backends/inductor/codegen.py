@@ -80,11 +80,11 @@ class Inductor(Codegen):
         mode = torch._guards.detect_fake_mode(fakes)
         fakes = [*(t if mode is None else mode.from_tensor(t, static_shapes=True) for t in tensors), *fakes]
         settings: dict[str, Any] = {}
-        libraries = Libraries()
         if (
             graph.level() != "captured"
-        ):  # no check for each part of each packed weight, and no threads woken for a row's few numbers
+        ):  # no check of each part of each packed weight, and no threads woken for a row's few numbers
             settings = {"size_asserts": False, "cpp.min_chunk_size": 1 << 14}
+        libraries = Libraries()
         with torch.no_grad(), torch._functorch.config.patch(bundled_autograd_cache=True), _tracing(mode), libraries.noting():
             compiled: Any = compile_fx(module, fakes, config_patches=settings)
         if self.activations == "int8" and graph.level() == "quantized":
@@ -201,12 +201,13 @@ class Eager(Codegen):
 
     def compile(self, graph: ModelGraph, examples: Sequence[Tensor], writes: Mapping[str, str]) -> Code:
         module = in_place(graph, writes)
+        tensors = _lift(module)
 
         def run(values: Sequence[Tensor]) -> Sequence[Any]:
             with torch.no_grad():
                 return module(*values)
 
-        return Code(run)
+        return Code(run, tuple(tensors))
 
 
 def in_place(graph: ModelGraph, writes: Mapping[str, str]) -> fx.GraphModule:

@@ -7,13 +7,13 @@ second's work. A library that was noted and still lies there is loaded at once; 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-Find = Callable[[Any, Sequence[str], str], Any]
+Find = Callable[[Any, list[str], str], Any]
 """Inductor's: the function of a library, or what has it later, from the types of its arguments and its source."""
 
 
@@ -27,7 +27,7 @@ class Libraries:
     def noting(self) -> Iterator[None]:
         """Note what Inductor compiles or finds."""
 
-        def note(inductor: Any, types: Sequence[str], source: str) -> Any:
+        def note(inductor: Any, types: list[str], source: str) -> Any:
             made = self._found[_key(types, source)] = find(inductor, types, source)
             return made
 
@@ -49,7 +49,7 @@ def noted(path: Path) -> Iterator[None]:
 
     files = json.loads(path.read_text(encoding="utf-8"))
 
-    def load(inductor: Any, types: Sequence[str], source: str) -> Any:
+    def load(inductor: Any, types: list[str], source: str) -> Any:
         key = _key(types, source)
         if key not in files or not (file := _folder() / files[key]).is_file():
             return find(inductor, types, source)
@@ -64,16 +64,16 @@ def _finding(way: Find) -> Iterator[Find]:
     """Have Inductor's code look for libraries in this way; yields Inductor's own."""
     from torch._inductor.async_compile import AsyncCompile
 
-    own = AsyncCompile.cpp_pybinding
+    own: Find = AsyncCompile.cpp_pybinding
     AsyncCompile.cpp_pybinding = way  # type: ignore[method-assign, assignment]
     try:
         yield own
     finally:
-        AsyncCompile.cpp_pybinding = own  # type: ignore[method-assign]
+        AsyncCompile.cpp_pybinding = own  # type: ignore[method-assign, assignment]
 
 
-def _key(types: Sequence[str], source: str) -> str:
-    return sha256(json.dumps([list(types), source]).encode()).hexdigest()
+def _key(types: list[str], source: str) -> str:
+    return sha256(json.dumps([types, source]).encode()).hexdigest()
 
 
 def _folder() -> Path:
