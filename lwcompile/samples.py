@@ -1,13 +1,16 @@
-"""Inputs to prove a file on: calibration samples or noise, at two sizes, with left padding, and continued from a cache."""
+"""Inputs to prove a file on: calibration samples or noise, at two sizes, with left padding, and continued from a cache; longer than the
+windows of its attention, as far as these are not too long to run."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lwcompile.attention import find_attentions
 from lwcompile.decode import PAST, empty_cache
 from lwcompile.errors import BadInput
 from lwcompile.extents import example_sizes, shape_at, summed
@@ -21,6 +24,9 @@ Feed = dict[str, Tensor]
 PRESENT = "present."
 MOST_TOKENS = 96
 """Positions per sample: enough to see what breaks, few enough for the slow kernels of an exact run."""
+LONGEST_WINDOW = 512
+"""Windows up to this are passed by `BEYOND` positions, however many that takes: what reads too far is not seen within them."""
+BEYOND = 8
 
 
 def cases(graph: ModelGraph, ctx: Context | None) -> Iterator[tuple[Feed, list[Tensor]]]:
@@ -28,8 +34,26 @@ def cases(graph: ModelGraph, ctx: Context | None) -> Iterator[tuple[Feed, list[T
 
     A graph with a cache first runs on an empty one, and then on what it put out, a few tokens at a time.
     """
+    if (least := _past_windows(graph)) > 0:
+        try:
+            yield from list(_cases(graph, ctx, least))
+            return
+        except (IndexError, RuntimeError):  # more positions than it has places for
+            pass
+    yield from _cases(graph, ctx, 0)
+
+
+def _past_windows(graph: ModelGraph) -> int:
+    """Positions that go beyond every window, of attention or of a cache that rolls (its length is named by its bound); 0 without any."""
+    windows = [w for a in find_attentions(graph) for w in (a.softmax_window, a.mask.window if a.mask is not None else None)]
+    bounds = [re.fullmatch(r"past_(\d+)", symbol) for i in graph.inputs for symbol in i.dynamic.values()]
+    windows += [int(bound[1]) for bound in bounds if bound is not None]
+    return max((w + BEYOND for w in windows if w and w <= LONGEST_WINDOW), default=0)
+
+
+def _cases(graph: ModelGraph, ctx: Context | None, least: int) -> Iterator[tuple[Feed, list[Tensor]]]:
     run = graph.module(dense=True)
-    feed = samples(graph, ctx)
+    feed = samples(graph, ctx, least=least)
     with torch.no_grad():
         if any(i.name.startswith(PAST) for i in graph.inputs):
             yield from _continued(graph, run, feed)
@@ -66,8 +90,8 @@ def _continued(graph: ModelGraph, run: torch.nn.Module, feed: Feed) -> Iterator[
         past = {i.name: named[PRESENT + i.name.removeprefix(PAST)] for i in caches}
 
 
-def samples(graph: ModelGraph, ctx: Context | None, rows: int = 2) -> Feed:
-    """Calibration samples where there are any for an input, noise in its range for the others."""
+def samples(graph: ModelGraph, ctx: Context | None, rows: int = 2, least: int = 0) -> Feed:
+    """Calibration samples where there are any for an input, noise in its range, of `least` positions or more, for the others."""
     given: dict[str, Tensor] = {}
     calibration = ctx.calibration if ctx is not None else None
     for item in graph.inputs if calibration is not None else ():
@@ -75,23 +99,26 @@ def samples(graph: ModelGraph, ctx: Context | None, rows: int = 2) -> Feed:
             given |= calibration.inputs_for([item.name], slice(0, rows))  # type: ignore[union-attr]
         except BadInput:
             continue
-    given = {name: _shortened(graph, name, value) for name, value in given.items()}
-    sizes = _sizes(graph, given)
+    given = {name: _shortened(graph, name, value, max(MOST_TOKENS, least)) for name, value in given.items()}
+    sizes = _sizes(graph, given, least)
     noise = _noise(graph, sizes)
     return {i.name: given.get(i.name, noise[i.name]) for i in graph.inputs}
 
 
-def _shortened(graph: ModelGraph, name: str, value: Tensor) -> Tensor:
+def _shortened(graph: ModelGraph, name: str, value: Tensor, most: int) -> Tensor:
     item = next(i for i in graph.inputs if i.name == name)
     for dim in item.dynamic:
         if dim > 0:
-            value = value.narrow(dim, 0, min(MOST_TOKENS, value.shape[dim]))
+            value = value.narrow(dim, 0, min(most, value.shape[dim]))
     return value.contiguous()
 
 
-def _sizes(graph: ModelGraph, given: Mapping[str, Tensor]) -> dict[str, int]:
-    """A value per symbol: the samples' where they say it, else the example's."""
+def _sizes(graph: ModelGraph, given: Mapping[str, Tensor], least: int = 0) -> dict[str, int]:
+    """A value per symbol: the samples' where they say it, else the example's, or `least` positions if that is fewer."""
     known = example_sizes(graph.inputs)
+    if least:
+        data = [i for i in graph.inputs if not i.name.startswith(PAST)]
+        known |= {s: max(least, known[s]) for i in data for d, s in i.dynamic.items() if d > 0 and s in known}
     known |= {s: given[i.name].shape[d] for i in graph.inputs if i.name in given for d, s in i.dynamic.items()}
     return summed(graph.inputs, known)
 

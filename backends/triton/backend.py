@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from lwcompile.backends.triton.emit import HERE, check_weights, write_package
+from lwcompile.backends.triton.emit import HERE, reasons_against, write_package
 from lwcompile.backends.triton.fusion import find_groups
 from lwcompile.backends.triton.packing import packed_bytes
 from lwcompile.backends.triton.parity import Case, device, run_package
@@ -56,7 +56,7 @@ class Triton(Backend):
     def unsupported(self, program: Program) -> list[str]:
         missing = importlib.util.find_spec("triton") is None
         reasons = ["the package triton is not installed: pip install 'lwcompile[triton]'"] if missing else []
-        return reasons + [f"{name}: {reason}" for name, graph in program.entries.items() for reason in check_weights(graph)]
+        return reasons + [f"{name}: {reason}" for name, graph in program.entries.items() for reason in reasons_against(graph)]
 
     def price(self, tensor: StoredTensor) -> int:
         """Bytes on file: codes in chunks of 32 at their own width, scales, and a byte for each integer zero point."""

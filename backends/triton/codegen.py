@@ -1,7 +1,8 @@
 """Triton's kernels as the code behind `torch.compile`: the graph becomes a package in a temporary folder, which is imported here.
 
 For a model on the processor: its weights are put on the GPU, inputs are copied to it, and outputs back. Without a GPU it runs in
-Triton's interpreter, if that was asked for before the process began: for proof, and not for use.
+Triton's interpreter, if that was asked for before the process began: for proof, and not for use. The first call is compared with
+the graph: what a kernel gets wrong on these inputs is an error then, and not a result.
 """
 
 from __future__ import annotations
@@ -19,18 +20,29 @@ import torch
 from torch import Tensor
 
 from lwcompile.backends.triton.backend import Triton
-from lwcompile.backends.triton.emit import check_weights, write_source
+from lwcompile.backends.triton.emit import reasons_against, write_source
 from lwcompile.backends.triton.parity import device
 from lwcompile.contract import Code, Codegen
+from lwcompile.errors import VerificationError
 from lwcompile.graph import ModelGraph
+from lwcompile.manager import relative_error
 from lwcompile.program import Program
+
+HALF_TOLERANCE = 0.05
+"""In 16-bit types."""
 
 
 @dataclass(frozen=True)
 class TritonKernels(Codegen):
-    """Packed weights and what is fused with them on an NVIDIA GPU; the rest by torch, call by call. Only by name."""
+    """Packed weights and what is fused with them on an NVIDIA GPU; the rest by torch, call by call. Only by name.
+
+    Options:
+        tolerance: the largest error relative to the largest output that the first call may show, in float32.
+    """
 
     name: ClassVar[str] = "triton"
+
+    tolerance: float = 1e-3
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -40,32 +52,45 @@ class TritonKernels(Codegen):
         return "there is no GPU; set TRITON_INTERPRET=1 before the process begins to have its interpreter prove the code"
 
     def unsupported(self, graph: ModelGraph) -> list[str]:
-        return list(check_weights(graph))
+        return reasons_against(graph)
 
     def executors(self, graph: ModelGraph) -> dict[str, str]:
         return Triton().executors(graph)
 
     def compile(self, graph: ModelGraph, examples: Sequence[Tensor], writes: Mapping[str, str]) -> Code:
-        return Code(_Package(graph, writes))
+        return Code(_Package(graph, writes, self.tolerance))
 
 
 class _Package:
-    def __init__(self, graph: ModelGraph, writes: Mapping[str, str]) -> None:
+    def __init__(self, graph: ModelGraph, writes: Mapping[str, str], tolerance: float) -> None:
+        self.unchecked: ModelGraph | None = graph
         self.inputs = [i.name for i in graph.inputs]
         self.writes = [(output, self.inputs.index(target)) for output, target in writes.items()]
         self.folder = tempfile.TemporaryDirectory(prefix="lwcompile-")  # Triton reads a kernel's source when it is first launched
         path = Path(self.folder.name) / "triton_model"
         stored = write_source(Program({"forward": graph}, graph.store), path)
-        self.model = _imported(path).load(device(), _width(graph), stored.tensors)
+        width = _width(graph)
+        self.tolerance = tolerance if width == torch.float32 else HALF_TOLERANCE
+        self.model = _imported(path).load(device(), width, stored.tensors)
 
     def __call__(self, values: Sequence[Tensor]) -> Sequence[Any]:
         place = values[0].device
         made = self.model.run("forward", dict(zip(self.inputs, values)))
         made = {name: value.to(place) if isinstance(value, Tensor) else value for name, value in made.items()}
+        if self.unchecked is not None:
+            self._check(self.unchecked, values, made)
         with torch.no_grad():
             for output, target in self.writes:
                 values[target].copy_(made[output])
         return list(made.values())
+
+    def _check(self, graph: ModelGraph, values: Sequence[Tensor], made: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            wanted = graph.module(dense=True)(*values)
+        for name, value in zip(graph.outputs, wanted, strict=True):
+            if isinstance(value, Tensor) and not (error := relative_error(value, made[name])) <= self.tolerance:
+                raise VerificationError(f"the Triton kernels' {name} is {error:.1e} of the largest value away from the graph's")
+        self.unchecked = None
 
 
 def _imported(path: Path) -> Any:

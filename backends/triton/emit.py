@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
-from lwcompile.attention import SDPA
-from lwcompile.backends.triton.fusion import DEQUANTIZE, Group, find_groups
+from lwcompile.attention import HYBRID, RELU, SDPA
+from lwcompile.backends.triton.fusion import ABSORB, DEQUANTIZE, Group, find_groups
 from lwcompile.backends.triton.packing import repack
 from lwcompile.decode import PAST
 from lwcompile.errors import Refused
@@ -35,10 +35,14 @@ from lwcompile.serialize import target_name
 aten = torch.ops.aten
 HERE = Path(__file__).parent
 FOLLOWS = (aten.linear.default, aten.embedding.default, aten.rms_norm.default, aten.layer_norm.default)
+NAMESPACES = "aten", "prims"
+OWN = {DEQUANTIZE: "", HYBRID: "hybrid_attention", ABSORB: "absorb_keys", RELU: "relu_attention"}
+"""Operators of this project, by the package's functions for them."""
+
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "truediv": "/", "mod": "%", "pow": "**",
           "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}  # fmt: skip
 _TAKEN = {"w", "aten", "torch", "math", "operator", "linear", "gated", "embedding", "normalize", "add_normalize", "rotary",
-          "attention", "Norm", "dense_linear", "attend", "append", "places", "last"}  # fmt: skip
+          "attention", "Norm", "dense_linear", "attend", "append", "places", "last", *OWN.values()}  # fmt: skip
 
 
 @dataclass
@@ -136,8 +140,9 @@ class Function:
             "", "from __future__ import annotations", "",
             *(f"import {module}" for module in ("math", "operator") if any(f"{module}." in line for line in body)),
             "import torch", "",
-            "from .dense import append, attend, dense_linear", "from .kernels.attention import attention",
+            "from .dense import append, attend, dense_linear, relu_attention", "from .kernels.attention import attention",
             "from .kernels.embedding import embedding", "from .kernels.linear import gated, linear",
+            "from .kernels.linear_attention import absorb_keys, hybrid_attention",
             "from .kernels.norm import Norm, add_normalize, normalize", "from .kernels.rotary import rotary", "",
             "aten = torch.ops.aten", "", "",
             f"def {entry}({', '.join(['w', *arguments])}):",
@@ -226,9 +231,11 @@ class Function:
             call = f"normalize({v['x']}, {norm})"
         elif group.kernel == "rotary":
             call = f"rotary({v['x']}, {v['cos']}, {v['sin']})"
+        elif group.kernel in ("linear_attention", "absorb"):
+            call = f"{OWN[group.root.target]}({', '.join(v.values())})"  # type: ignore[index]
         else:
             places = ["places"] if a["key"] in self.appends else []
-            options = [f"{name}={v[name]}" for name in ("causal", "window", "scale")]
+            options = [f"{name}={v[name]}" for name in ("causal", "window", "sinks", "scale")]
             call = f"attention({', '.join([v['query'], v['key'], v['value'], v['padding'], *places, *options])})"
         return f"{target} = {call}"
 
@@ -249,6 +256,8 @@ class Function:
             return f"dense_linear({', '.join(args + named)})"
         if node.target is SDPA:
             return f"attend({', '.join(args + named)})"
+        if node.target in OWN:
+            return f"{OWN[node.target]}({', '.join(args + named)})"  # type: ignore[index]
         name = target_name(node.target)
         module, _, function = name.partition(".")
         if module == "operator" and function in _INFIX:
@@ -322,10 +331,15 @@ def _needed(statements: Sequence[_Statement], wanted: set[fx.Node]) -> list[_Sta
     return kept[::-1]
 
 
-def check_weights(graph: ModelGraph) -> list[str]:
-    """Why a graph's packed weights cannot be written; empty if they can."""
-    calls = [n for n in graph.graph.nodes if n.target is DEQUANTIZE]
-    return [f"{n.name} unpacks codes that are computed" for n in calls if any(s.op != "get_attr" for s in n.all_input_nodes)]
+def reasons_against(graph: ModelGraph) -> list[str]:
+    """Why a graph cannot be written; empty if it can."""
+    reasons = []
+    for node in (n for n in graph.graph.nodes if n.op == "call_function"):
+        if node.target is DEQUANTIZE and any(n.op != "get_attr" for n in node.all_input_nodes):
+            reasons.append(f"{node.name} unpacks codes that are computed")
+        if isinstance(node.target, torch._ops.OpOverload) and node.target not in OWN and node.target.namespace not in NAMESPACES:
+            reasons.append(f"{node.name} calls {node.target}, which is neither torch's own nor has a kernel here")
+    return reasons
 
 
 def write_package(program: Program, folder: Path) -> None:

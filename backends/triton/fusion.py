@@ -6,7 +6,8 @@
     embedding   embedding(W, ids)
     norm        rms_norm | layer_norm, with or without the add before it    and, where one group alone reads it, part of that group
     rotary      add(mul(x, cos), mul(cat(-x2, x1), sin))                    x1, x2 the halves of x
-    attention   scaled_dot_product_attention under a rule (causal, window, padding) instead of a mask
+    attention   scaled_dot_product_attention under a rule (causal, window, sinks, padding) instead of a mask
+    linear_attention, absorb    softmax within a window and feature maps beyond it, and the state of what has left it
 
 Order matters where patterns overlap: gates claim their products first, then what products end in, then shared inputs, then norms.
 Everything inside a group has no reader outside of it. Products form groups where their weights are packed; what is left runs as
@@ -22,13 +23,14 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from lwcompile.attention import find_attentions, slots
+from lwcompile.attention import HYBRID, SDPA, find_attentions, slots
 from lwcompile.graph import ModelGraph, iterate_calls
 from lwcompile.residual import shape_of
 
 aten = torch.ops.aten
-Kernel = Literal["gated", "linear", "linears", "embedding", "norm", "rotary", "attention"]
+Kernel = Literal["gated", "linear", "linears", "embedding", "norm", "rotary", "attention", "linear_attention", "absorb"]
 DEQUANTIZE = torch.ops.lwcompile.dequantize.default
+ABSORB = torch.ops.lwcompile.absorb_keys.default
 HEAD_WIDTHS = range(1, 257)
 
 
@@ -70,7 +72,16 @@ class _Finder:
         self.claimed: set[fx.Node] = set()
 
     def run(self) -> list[Group]:
-        for find in (self.gates, self.products, self.merge, self.norms, self.embeddings, self.rotaries, self.attentions):
+        for find in (
+            self.gates,
+            self.products,
+            self.merge,
+            self.norms,
+            self.embeddings,
+            self.rotaries,
+            self.attentions,
+            self.linear,
+        ):
             find()
         return sorted(self.groups.values(), key=lambda g: self.order[g.root])
 
@@ -188,16 +199,22 @@ class _Finder:
     def attentions(self) -> None:
         for a in find_attentions(self.graph):
             widths = a.key_width in HEAD_WIDTHS and a.value_width in HEAD_WIDTHS
-            if a.mask is None or not widths or slots(a.node)["dropout_p"]:
+            if a.node.target is not SDPA or a.mask is None or not widths or slots(a.node)["dropout_p"]:
                 continue
             padding = None if a.mask.padding is None else self.graph.input_nodes()[a.mask.padding]
-            note = ", ".join(
-                w for w in ("causal" if a.mask.causal else "", f"window {a.mask.window}" if a.mask.window else "") if w
-            )
+            words = {"causal": a.mask.causal, f"window {a.mask.window}": a.mask.window, f"sinks {a.mask.sinks}": a.mask.sinks}
+            note = ", ".join(word for word, there in words.items() if there)
             self.add(
                 "attention", a.node, (a.node,), note, query=a.query, key=a.key, value=a.value, padding=padding,
-                causal=a.mask.causal, window=a.mask.window, scale=slots(a.node)["scale"],
+                causal=a.mask.causal, window=a.mask.window, sinks=a.mask.sinks, scale=slots(a.node)["scale"],
             )  # fmt: skip
+
+    def linear(self) -> None:
+        for node in list(iterate_calls(self.graph, HYBRID, ABSORB)):
+            names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+            given = dict(zip(names, node.args))
+            kernel: Kernel = "linear_attention" if node.target is HYBRID else "absorb"
+            self.add(kernel, node, (node,), f"window {given['window']}", **given)
 
 
 # --- patterns
