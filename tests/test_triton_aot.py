@@ -30,6 +30,10 @@ HARDEST = (
     "attention, S = 1, heads of 128",
     "attention, S = 4096, heads of 128",
     "gather, 32 parts",
+    "features, S = 4096, heads of 128",
+    "state, S = 4096, heads of 128",
+    "linear attention, S = 1, heads of 128",
+    "linear attention, S = 4096, heads of 128",
 )
 
 

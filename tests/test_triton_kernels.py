@@ -27,7 +27,7 @@ def test_every_kernel_computes_what_plain_torch_does() -> None:
 
 
 def test_importing_the_kernels_asks_no_device() -> None:
-    modules = ("linear", "norm", "embedding", "rotary", "attention", "launch")
+    modules = ("linear", "norm", "embedding", "rotary", "attention", "linear_attention", "launch")
     code = "import torch\nasked = []\ntorch.cuda.get_device_capability = torch.cuda.is_available = lambda *a: asked.append(a)\n"
     code += "".join(f"import lwcompile.backends.triton.kernels.{name}\n" for name in modules)
     done = interpreted("-c", code + "assert not asked and not torch.cuda.is_initialized(), asked")

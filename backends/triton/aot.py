@@ -24,6 +24,7 @@ from lwcompile.backends.triton.kernels.embedding import embedding_kernel
 from lwcompile.backends.triton.kernels.few import few_kernel
 from lwcompile.backends.triton.kernels.launch import rule_for, table_of
 from lwcompile.backends.triton.kernels.linear import finish_kernel, gemv_kernel, matmul_kernel
+from lwcompile.backends.triton.kernels.linear_attention import feature_kernel, hybrid_kernel, state_kernel
 from lwcompile.backends.triton.kernels.norm import norm_kernel
 from lwcompile.backends.triton.kernels.rotary import rotary_kernel
 from lwcompile.backends.triton.kernels.several import several_kernel
@@ -124,6 +125,13 @@ def cases(target: int = 90, bits: Collection[int] = BITS) -> Iterator[Case]:
         }
         yield Case(f"attention, S = {m}, heads of {width}", attention_kernel, constants, rule("attention", m, width))
     yield Case("gather, 32 parts", gather_kernel, {"VALUE": 128, "VALUE2": 128, "PARTS2": 32}, rule("attention", 1, 128))
+    for m, width in ((1, 128), (4096, 64), (4096, 128), (4096, 256)):  # as many features as the maps begin with
+        name, sizes = f"S = {m}, heads of {width}", {"VALUE": width, "FEATURES": 2 * width, "PRECISION": "tf32", "PADDED": True}
+        constants = {"WIDTH": width, "HALF": width, "HALF2": width, "PRECISION": "tf32"}
+        yield Case(f"features, {name}", feature_kernel, constants, rule("features", m, width, width))
+        yield Case(f"state, {name}", state_kernel, {**sizes, "STATE": True, "CHUNK": 128}, rule("state", m, width, 2 * width))
+        constants = {**sizes, "WIDTH": width, "WIDTH2": width, "STATE": True, "PACK": 4 if m == 1 else 1}
+        yield Case(f"linear attention, {name}", hybrid_kernel, constants, rule("hybrid", m, width))
 
 
 def _format(bits: int, group: int = 64, zero: int = 1) -> dict[str, Any]:
@@ -132,9 +140,10 @@ def _format(bits: int, group: int = 64, zero: int = 1) -> dict[str, Any]:
 
 _TYPES = {"words": "*i32", "words2": "*i32", "ids": "*i64", "padding": "*i64", "places": "*i64", "eps": "fp32", "factor": "fp32",
           "scale": "*fp16", "scale2": "*fp16", "cos": "*fp32", "sin": "*fp32", "parts2": "*fp32",
-          "made": "*fp32", "tops": "*fp32", "totals": "*fp32"}  # fmt: skip
+          "made": "*fp32", "tops": "*fp32", "totals": "*fp32",
+          "mapped_q": "*fp32", "mapped_k": "*fp32", "state": "*fp32", "states": "*fp32"}  # fmt: skip
 _SIZES = ("M", "N", "K", "CHUNKS", "SIZE", "ROW", "WIDTH")
-_COUNTS = ("SPLIT_K", "heads", "times", "queries", "keys", "length", "window")
+_COUNTS = ("SPLIT_K", "heads", "times", "queries", "keys", "length", "window", "groups", "rows", "gone", "chunks")
 
 
 def _type_of(name: str, constants: dict[str, Any]) -> str:
