@@ -118,6 +118,7 @@ def cases(target: int = 90, bits: Collection[int] = BITS) -> Iterator[Case]:
             "VALUE2": width,
             "CAUSAL": True,
             "WINDOW": True,
+            "SINKS": True,
             "PADDED": True,
             "PLACED": m == 1,
             "PACK": 4 if m == 1 else 1,
