@@ -29,6 +29,7 @@ HARDEST = (
     "rotary, heads of 128",
     "attention, S = 1, heads of 128",
     "attention, S = 4096, heads of 128",
+    "attention with sinks, S = 4096, heads of 128",
     "gather, 32 parts",
     "features, S = 4096, heads of 128",
     "state, S = 4096, heads of 128",

@@ -31,7 +31,15 @@ WIDTHS, WINDOWS, PADDING = st.integers(1, 20), st.sampled_from([2, 5, 17, 40, 30
 
 
 def drawn(
-    batch: int, heads: tuple[int, int], queries: int, keys: int, width: int, value: int, half: int, padding: str | None, state: bool
+    batch: int,
+    heads: tuple[int, int],
+    queries: int,
+    keys: int,
+    width: int,
+    value: int,
+    half: int,
+    padding: str | None,
+    state: bool,
 ) -> dict[str, Any]:
     """Arguments but for window and scale; keys and values are views, as projections leave them."""
     lengths = torch.arange(batch)[:, None] * 5 + 1
@@ -77,7 +85,17 @@ def test_a_sequence_in_chunks(batch, heads, queries, past, width, value, half, w
 
 
 @few
-@given(BATCHES, st.sampled_from([(1, 1), (6, 2), (20, 1)]), st.integers(0, 50), WIDTHS, WIDTHS, WINDOWS, PADDING, st.booleans(), SEEDS)
+@given(
+    BATCHES,
+    st.sampled_from([(1, 1), (6, 2), (20, 1)]),
+    st.integers(0, 50),
+    WIDTHS,
+    WIDTHS,
+    WINDOWS,
+    PADDING,
+    st.booleans(),
+    SEEDS,
+)
 def test_one_query(batch, heads, past, width, value, window, padding, state, seed) -> None:
     """Its heads are rows of one tile where they fit."""
     torch.manual_seed(seed)

@@ -110,21 +110,20 @@ def cases(target: int = 90, bits: Collection[int] = BITS) -> Iterator[Case]:
         yield Case(f"{name} with residual add", norm_kernel, constants, rule("norm", 1))
     yield Case("RMSNorm, arranged", norm_kernel, {"KIND": 1, "ADD": False, "SHIFT": False, "K2": WIDTH, "Q": 1}, rule("norm", 1))
     yield Case("rotary, heads of 128", rotary_kernel, {"HALF": 64, "HALF2": 64}, rule("rotary", 4096, 128, 128))
-    for m, width in ((1, 128), (4096, 64), (4096, 128), (4096, 256)):
+    for m, width, sinks in (
+        (1, 128, False),
+        (4096, 64, False),
+        (4096, 128, False),
+        (4096, 256, False),
+        (1, 128, True),
+        (4096, 128, True),
+    ):
         constants = {
-            "WIDTH": width,
-            "WIDTH2": width,
-            "VALUE": width,
-            "VALUE2": width,
-            "CAUSAL": True,
-            "WINDOW": True,
-            "SINKS": True,
-            "PADDED": True,
-            "PLACED": m == 1,
-            "PACK": 4 if m == 1 else 1,
-            "PARTED": m == 1,
-        }
-        yield Case(f"attention, S = {m}, heads of {width}", attention_kernel, constants, rule("attention", m, width))
+            "WIDTH": width, "WIDTH2": width, "VALUE": width, "VALUE2": width, "CAUSAL": True, "WINDOW": True, "SINKS": sinks,
+            "PADDED": True, "PLACED": m == 1, "PACK": 4 if m == 1 else 1, "PARTED": m == 1,
+        }  # fmt: skip
+        name = f"attention{' with sinks' if sinks else ''}, S = {m}, heads of {width}"
+        yield Case(name, attention_kernel, constants, rule("attention", m, width))
     yield Case("gather, 32 parts", gather_kernel, {"VALUE": 128, "VALUE2": 128, "PARTS2": 32}, rule("attention", 1, 128))
     for m, width in ((1, 128), (4096, 64), (4096, 128), (4096, 256)):  # as many features as the maps begin with
         name, sizes = f"S = {m}, heads of {width}", {"VALUE": width, "FEATURES": 2 * width, "PRECISION": "tf32", "PADDED": True}
@@ -139,12 +138,13 @@ def _format(bits: int, group: int = 64, zero: int = 1) -> dict[str, Any]:
     return {f"{name}{i}": value for i in ("", "2") for name, value in (("BITS", bits), ("GROUP", group), ("ZERO", zero))}
 
 
-_TYPES = {"words": "*i32", "words2": "*i32", "ids": "*i64", "padding": "*i64", "places": "*i64", "eps": "fp32", "factor": "fp32",
+_TYPES = {"words": "*i32", "words2": "*i32", "ids": "*i64", "padding": "*i64", "places": "*i64", "ends": "*i32", "eps": "fp32",
+          "factor": "fp32",
           "scale": "*fp16", "scale2": "*fp16", "cos": "*fp32", "sin": "*fp32", "parts2": "*fp32",
           "made": "*fp32", "tops": "*fp32", "totals": "*fp32",
           "mapped_q": "*fp32", "mapped_k": "*fp32", "state": "*fp32", "states": "*fp32"}  # fmt: skip
 _SIZES = ("M", "N", "K", "CHUNKS", "SIZE", "ROW", "WIDTH")
-_COUNTS = ("SPLIT_K", "heads", "times", "queries", "keys", "length", "window", "groups", "rows", "gone", "chunks")
+_COUNTS = ("SPLIT_K", "heads", "times", "queries", "keys", "length", "window", "sinks", "groups", "rows", "gone", "chunks")
 
 
 def _type_of(name: str, constants: dict[str, Any]) -> str:
