@@ -97,8 +97,14 @@ def _checked(name: str, key: str, value: Any, hint: Any) -> Any:
             return value if isinstance(value, Spec) else Spec.parse(value)
         if origin is tuple and isinstance(value, tuple):
             return tuple(_checked(name, key, v, typing.get_args(kind)[0]) for v in value)
-    wanted = " or ".join(str(getattr(k, "__name__", k)) for k in kinds)
-    raise BadPlan(f"{name}: option {key!r} wants {wanted}, and got {value!r}")
+    raise BadPlan(f"{name}: option {key!r} wants {' or '.join(map(_in_words, kinds))}, and got {value!r}")
+
+
+def _in_words(kind: Any) -> str:
+    """`int`; of a `Literal`, the choices."""
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    return str(getattr(kind, "__name__", kind))
 
 
 # --- analyses

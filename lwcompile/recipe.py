@@ -73,6 +73,10 @@ DEFAULT = "balanced"
 """The recipe that runs where none is named, and whose allocator stands in for one that is not."""
 
 
+_FLAGS = ("backend", "heal", "metric")
+"""Keys that the command line has a flag of the same name for."""
+
+
 class Reference(NamedTuple):
     """A spec in a recipe, the registry group it is looked up in, and its place in the file."""
 
@@ -114,6 +118,8 @@ class Recipe(BaseModel):
     seed: int = 0
 
     _document: Document = PrivateAttr(default=Document("recipe", {}))
+    _over: frozenset[str] = PrivateAttr(default=frozenset())
+    """Keys that `with_` replaced: the file's line is not where they come from."""
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -159,7 +165,7 @@ class Recipe(BaseModel):
         None is a flag that was not given; `heal=False` heals nothing. Mappings for `calibration` and `evaluation` merge; a
         budget overrides as `Budget.override` says; everything else replaces.
         """
-        body = {name: getattr(self, name) for name in type(self).model_fields}
+        body, over = {name: getattr(self, name) for name in type(self).model_fields}, set(self._over)
         for key, value in changes.items():
             if isinstance(value, Mapping):
                 value = {k: v for k, v in value.items() if v is not None}
@@ -169,12 +175,14 @@ class Recipe(BaseModel):
                 value = self.budget.override(value if isinstance(value, Budget) else Budget.of(value))
             elif isinstance(body.get(key), Data) and isinstance(value, Mapping):
                 value = body[key].model_dump() | dict(value)
+            else:
+                over.add(key)
             body[key] = value
         try:
             recipe = type(self).model_validate(body)
         except ValidationError as error:
-            raise BadPlan(_first(error, Document("recipe", {}))) from None
-        recipe._document = self._document
+            raise BadPlan(_first(error, Document("recipe", {}), _FLAGS)) from None
+        recipe._document, recipe._over = self._document, frozenset(over)
         return recipe
 
     def offered(self, site: str, kind: str) -> list[Spec]:
@@ -186,7 +194,9 @@ class Recipe(BaseModel):
         return list(dict.fromkeys(option for spec in specs for option in spec.expand()))
 
     def where(self, *path: str | int) -> str:
-        """`recipe.yaml:7`: the line of a key, for errors found later."""
+        """`recipe.yaml:7`: the line of a key, for errors found later; `--backend` for one that a flag replaced."""
+        if path and path[0] in self._over:
+            return f"--{path[0]}" if path[0] in _FLAGS else str(path[0])
         return self._document.where(*path)
 
     def references(self) -> Iterator[Reference]:
@@ -253,10 +263,12 @@ def shipped() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
-def _first(error: ValidationError, document: Document) -> str:
+def _first(error: ValidationError, document: Document, flags: Collection[str] = ()) -> str:
     """The first complaint as one sentence with its place."""
     found = error.errors()[0]
     path = tuple(found["loc"])
+    if path and path[0] in flags:
+        return f"--{path[0]}: {found['msg'].removeprefix('Value error, ')}"
     where = document.where(*path)
     if found["type"] == "extra_forbidden":
         last, known = str(list(path).pop()), list((Data if len(path) > 1 else Recipe).model_fields)

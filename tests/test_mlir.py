@@ -328,5 +328,7 @@ def test_words_that_do_not_fit_are_refused(tmp_path: Path):
         make("backends", "mlir{seconds=0}")
     with pytest.raises(BadInput, match="the backend onnx has no targets"):
         with_target(tmp_path / "model.onnx", None, "iree")
+    with pytest.raises(BadInput, match="--target: mlir: option 'target' wants one of linalg, iree, and got 'tpu'"):
+        with_target(tmp_path / "model.mlir", None, "tpu")
     with pytest.raises(Refused, match="not to run"):
         Mlir().run(tmp_path / "model.mlir", {})

@@ -10,6 +10,7 @@ import pytest
 from lwcompile.budget import Budget
 from lwcompile.errors import BadInput, BadPlan
 from lwcompile.recipe import Recipe, shipped
+from lwcompile.registry import make, plugins
 from lwcompile.spec import Spec
 
 TEXT = """\
@@ -67,7 +68,8 @@ def test_flags_come_over_the_file() -> None:
     assert (flags.calibration.samples, flags.calibration.seqlen) == (16, 64)
     assert flags.backend == Spec("onnx") and flags.seed == 0 and flags.allocator.get("gap") == 0.01
     assert recipe.with_(budget={"avg_bits": None}) == recipe == recipe.with_()
-    assert flags.where("seed") == "recipe.yaml:15"
+    assert recipe.where("seed") == "recipe.yaml:15" and flags.where("analyses") == "recipe.yaml:2"
+    assert flags.where("allocator") == "allocator"  # and no longer the file's line
     with pytest.raises(BadPlan, match=r"recipe: unknown key 'sead' \(did you mean 'seed'\?\)"):
         recipe.with_(sead=1)
     with pytest.raises(BadPlan, match=r"recipe: calibration.samples: must be greater than or equal to 1, and got 0"):
@@ -128,6 +130,26 @@ def test_arguments_are_checked_with_their_line(line, said):
     with pytest.raises(BadPlan) as error:
         Recipe.parse(f"options:\n  {line}\n", "r.yaml").check_specs(make)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"backend": "hff"}, "--backend: unknown backend 'hff' (did you mean 'hf'?)"),
+        ({"backend": "mlir{form=tex}"}, "--backend: mlir: option 'form' wants one of bytecode, text, and got 'tex'"),
+        ({"backend": "hf{"}, "--backend: cannot read the spec 'hf{'"),
+        ({"heal": "distil"}, "--heal: unknown pass 'distil' (did you mean 'distill'?)"),
+    ],
+)
+def test_what_a_flag_got_wrong_is_not_blamed_on_the_file(flags: dict[str, str], said: str) -> None:
+    known: dict[str, list[str]] = {}
+    for plugin in plugins():
+        known.setdefault(plugin.group, []).append(plugin.name)
+    with pytest.raises(BadPlan) as caught:
+        recipe = Recipe.named("balanced").with_(**flags).with_(seed=1)
+        recipe.check_names(known)
+        recipe.check_specs(make)
+    assert str(caught.value).startswith(said)
 
 
 def test_shipped_recipes(tmp_path: Path) -> None:

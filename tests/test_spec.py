@@ -158,3 +158,8 @@ def test_whole_numbers_are_good_enough_for_real_ones_and_not_the_other_way() -> 
 def test_a_value_of_the_wrong_type_is_refused(option: str) -> None:
     with pytest.raises(BadPlan, match="options: option"):
         configure(Options, Spec.parse(f"options{{{option}}}"))
+
+
+def test_a_word_that_is_no_choice_is_refused_with_the_choices() -> None:
+    with pytest.raises(BadPlan, match="option 'mode' wants one of fast, slow, and got 'medium'"):
+        configure(Options, Spec.parse("options{mode=medium}"))

@@ -133,14 +133,18 @@ def require_words(words: dict[str, Any]) -> None:
 
 def with_target(path: Path, backend: str | None, target: str) -> str:
     """The backend's line with this target in it."""
-    from lwcompile.errors import BadInput
+    from lwcompile.errors import BadInput, BadPlan
     from lwcompile.pipeline import backend_for
-    from lwcompile.registry import load
+    from lwcompile.registry import load, make
     from lwcompile.spec import Spec
 
     spec = Spec.parse(backend or backend_for(path) or "")
     if "target" not in {field.name for field in dataclasses.fields(load("backends", spec.name))}:
         raise BadInput(f"the backend {spec.name} has no targets to choose from; leave --target out")
+    try:
+        make("backends", Spec(spec.name, (("target", target),)))
+    except BadPlan as error:
+        raise BadInput(f"--target: {error}") from None
     return str(Spec(spec.name, (*(arg for arg in spec.args if arg[0] != "target"), ("target", target))))
 
 
