@@ -16,7 +16,7 @@ from lwcompile.backends.hf.backend import HuggingFace
 from lwcompile.backends.hf.layers import renumber
 from lwcompile.budget import Budget
 from lwcompile.contract import StoredTensor
-from lwcompile.errors import InfeasibleBudget, Refused
+from lwcompile.errors import BadPlan, InfeasibleBudget, Refused
 from lwcompile.executor import Executor
 from lwcompile.formats import NumericFormat
 from lwcompile.plans import Plan
@@ -119,6 +119,23 @@ def test_half_a_block_is_refused_before_anything_is_solved(source, tmp_path):
 def test_what_the_format_cannot_hold_is_no_option(tensor, why):
     with pytest.raises(Refused, match=why):
         HuggingFace().price(tensor)
+
+
+@pytest.mark.parametrize(
+    ("site", "option", "why"),
+    [
+        ("embedding", "quantize{bits=4,group_size=16,symmetric=true,solver=rtn}", "does not load quantized embeddings"),
+        ("block0.mlp.down_proj", "quantize{bits=4,group_size=16,solver=rtn}", "does not load packed zero points"),
+        ("block*.mlp.down_proj", "quantize{bits=4,group_size=16,solver=rtn}", "does not load packed zero points"),
+    ],
+)
+def test_a_plan_of_what_the_format_cannot_hold_says_so(source, tmp_path, site, option, why):
+    """The recipe does not offer it, and the reader of that alone would offer it."""
+    with pytest.raises(BadPlan, match=f"hf cannot hold it: .*{why}"):
+        exported(source, tmp_path, {site: option})
+    with pytest.raises(BadPlan, match="is not offered") as caught:
+        exported(source, tmp_path, {"block0.mlp.down_proj": "quantize{bits=5,group_size=16,symmetric=true,solver=rtn}"})
+    assert "cannot hold" not in str(caught.value)
 
 
 def test_a_model_without_a_configuration_is_refused(tmp_path):
