@@ -384,12 +384,30 @@ def test_without_a_compiler_slower_code_is_said(monkeypatch, caplog):
         ({"codegen": "hopes"}, "no codegen is named 'hopes'; installed are .*eager.*inductor"),
         ({"plans": "x"}, r"is unknown \(did you mean .*plan"),
         ({"plan": 4}, "the option plan wants a folder"),
+        ({"recipe": 4}, "the option recipe wants a recipe, its name or its file, and got 4"),
         ({"recipe": "balanced"}, "the recipe's budget needs samples"),
     ],
 )
 def test_options_are_checked(options, words):
     with pytest.raises(Exception, match=words):
         logits(torch.compile(llama(layers=2), backend="layerwise", options=options), ids(2, 9))
+
+
+@pytest.mark.parametrize("form", ["recipe", "file"])
+def test_the_exact_passes_of_a_recipe_are_run(form, tmp_path, monkeypatch):
+    model, x = fresh_llama(tied=False, layers=1), ids(2, 9)
+    (tmp_path / "folds.yaml").write_text("passes: [fold_norms]")
+    recipe = tmp_path / "folds.yaml" if form == "file" else lw.Recipe.load(tmp_path / "folds.yaml")
+    norms: list[Any] = []
+    make = backend._codegen
+
+    def look(name: str, graph: Any) -> Any:
+        norms.extend(n for n in graph.graph.nodes if n.target is torch.ops.aten.rms_norm.default)
+        return make(name, graph)
+
+    monkeypatch.setattr(backend, "_codegen", look)
+    assert relative_error(logits(model, x), logits(compiled(model, recipe=recipe), x)) < 1e-5
+    assert len(norms) == 3 and all(norm.args[2] is None for norm in norms), "a gain is left"
 
 
 def test_triton_without_a_gpu_says_what_to_set(monkeypatch):

@@ -38,7 +38,9 @@ class Options:
         if not isinstance(codegen, str):
             raise BadInput(f"the option codegen wants a name, and got {codegen!r}")
         recipe = given.get("recipe")
-        if recipe is not None and not isinstance(recipe, Recipe):
+        if recipe is not None and not isinstance(recipe, Recipe | str | Path):
+            raise BadInput(f"the option recipe wants a recipe, its name or its file, and got {recipe!r}")
+        if isinstance(recipe, str | Path):
             recipe = Recipe.find(recipe)
         plan = _plan(given.get("plan"))
         if recipe is not None and plan is None and not recipe.budget.empty:
