@@ -517,6 +517,16 @@ def test_a_plan_of_another_model_is_not_half_applied(small, caplog, graphs):
     assert "without the plan: the plan names block2.mlp.down_proj, which this graph does not hold" in caplog.text
 
 
+def test_a_mistyped_site_is_named_with_what_to_do(caplog, graphs):
+    """No error: a graph cannot tell it from a site of the model's other graphs."""
+    model, plan = fresh_llama(layers=1), lw.Plan.parse("sites: {block0.mlp: drop, block0.atention: drop}")
+    with caplog.at_level(logging.WARNING, "lwcompile"):
+        made = logits(compiled(model, plan=plan), ids(2, 9))
+    assert relative_error(logits(model, ids(2, 9)), made) < 1e-5 and not graphs
+    assert "without the plan: the plan names block0.atention, which this graph does not hold" in caplog.text
+    assert "(did you mean 'block0.attention'?): mend an id that is mistyped (`lwcompile inspect` lists them)" in caplog.text
+
+
 def test_a_part_of_a_model_takes_no_plan_for_the_whole(small, caplog, graphs):
     """Blocks of a part are counted from 0, and must not be taken for the model's first ones."""
     whole = llama().model

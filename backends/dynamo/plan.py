@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lwcompile.apply import apply_plan
+from lwcompile.budget import suggest
 from lwcompile.context import Context, Remark
 from lwcompile.errors import BadInput, BadPlan, Refused, VerificationError
 from lwcompile.graph import ModelGraph
@@ -29,6 +30,8 @@ from lwcompile.registry import make
 from lwcompile.structure import Structure, find_structure
 
 aten = torch.ops.aten
+NAMED = 3
+"""How many sites of a plan that a graph lacks are named."""
 _WEIGHT = {aten.linear.default: 1, aten.embedding.default: 0}
 
 
@@ -92,8 +95,12 @@ def apply(given: Given, program: Program) -> tuple[Program, list[Remark]]:
 
 def _require_whole(plan: Plan, structure: Structure, program: Program) -> None:
     if missing := [id for id in plan.choices if id not in structure.sites]:
-        also = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise Refused(f"the plan names {missing[0]}{also}, which this graph does not hold")
+        named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
+        raise Refused(
+            f"the plan names {named}, which this graph does not hold{suggest(missing[0], list(structure.sites))}: mend an id that is "
+            "mistyped (`lwcompile inspect` lists them); a model that torch compiles in parts takes no plan (fullgraph=True says "
+            "where it breaks)"
+        )
     for stream in structure.streams:
         first = structure.sites.get(f"{stream.prefix}block0")
         number = re.search(r"(?:^|\.)(\d+)$", first.path) if first is not None else None
