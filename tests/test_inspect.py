@@ -224,6 +224,14 @@ def test_inspect_says_who_runs_every_call(monkeypatch, capsys):
     }
 
 
+@pytest.mark.parametrize("flags", [["--fusion", "--executors"], ["--fusion", "--html"], ["--executors", "--html"]])
+def test_inspect_drops_no_flag_without_a_word(flags, capsys, tmp_path):
+    page = tmp_path / "m.html"
+    assert cli.run(["inspect", "m", *(word for flag in flags for word in ([flag, str(page)] if flag == "--html" else [flag]))]) == 2
+    assert capsys.readouterr().err == f"error: {flags[0]} and {flags[1]} show different things; give one of them at a time\n"
+    assert not page.exists()
+
+
 @pytest.mark.parametrize(("n", "text"), [(12, "12"), (9248, "9,248"), (134_515_008, "134.5 M"), (7_000_000_000, "7 B")])
 def test_counts(n, text):
     assert format_count(n) == text

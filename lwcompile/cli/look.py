@@ -35,9 +35,13 @@ def inspect_model(
     json: Json = False,
 ) -> None:
     """Print a model's streams, blocks, sublayers and weights, with parameters and bytes."""
+    from lwcompile.errors import BadInput
     from lwcompile.inspect import look, tree
     from lwcompile.pipeline import capture
 
+    asked = [flag for flag, given in (("--fusion", fusion), ("--executors", executors), ("--html", html)) if given]
+    if len(asked) > 1:
+        raise BadInput(f"{' and '.join(asked)} show different things; give one of them at a time")
     program = capture(model)
     if fusion:
         return show_fusion(program, full, json)
