@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -256,7 +257,11 @@ def export(program: Program, path: str | Path, *, progress: Progress | None = No
     run = session(program, wished, progress)
     if run.backend.file and path.suffix not in run.backend.suffixes:
         path = path / run.backend.file
-    require_writable(path.parent)
+    with writable(path.parent):
+        return _exported(run, wished, path)
+
+
+def _exported(run: Session, wished: Settings, path: Path) -> Result:
     if reasons := run.backend.unsupported(run.dense):
         raise Refused(f"{run.backend.name} cannot hold this model: {'; '.join(reasons)}")
     result = _compressed(run, wished, lowered=True)
@@ -308,10 +313,24 @@ def backend_for(path: Path) -> str | None:
     return None
 
 
-def require_writable(folder: Path) -> None:
-    """Fail before the work and not after it."""
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Make a folder, failing before the work and not after it; where the work fails, what was made and is empty goes away."""
     if ranks.rank():
+        yield
         return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        _require_writable(folder)
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # one that holds something stays
+                path.rmdir()
+        raise
+
+
+def _require_writable(folder: Path) -> None:
     probe = folder / f".lwcompile-{time.time_ns()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -104,6 +104,24 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(name, tmp_path, capsys):
     assert not out.exists() and not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [
+        (["export", "new/deep/m.onnx"], "new"),
+        (["export", "new/model.safetensors", "--backend", "hf"], "new"),
+        (["export", "old/model.safetensors", "--backend", "hf"], "old/model.safetensors"),
+        (["compress", "new/out"], "new"),
+    ],
+)
+def test_a_failure_leaves_no_empty_folder(words, made, tmp_path, monkeypatch):
+    """`model.safetensors` would be a folder's name there."""
+    (tmp_path / "old").mkdir()
+    given = [*model(tmp_path), *recipe(tmp_path), "--max-size", "9KB", "--run-dir", str(tmp_path / "run")]
+    monkeypatch.chdir(tmp_path)
+    assert cli.run([*words, *given]) == 2
+    assert not (tmp_path / made).exists() and (tmp_path / "old").is_dir()
+
+
 def test_samples_that_are_not_there_are_said_before_the_work(tmp_path, capsys):
     """The held-out ones too, which are used last."""
     given = [*model(tmp_path), *recipe(tmp_path, "evaluation: {dataset: random", "evaluation: {dataset: none.npz")]

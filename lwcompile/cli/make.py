@@ -61,8 +61,8 @@ def compress(
     program = open_model(source.model)
     if run.dry_run:
         return dry_run(program, words, folder, run.json, "compress")
-    pipeline.require_writable(folder.parent)
-    finish(pipeline.compress(program, folder, progress=progress(), **words), run.json)
+    with pipeline.writable(folder.parent):
+        finish(pipeline.compress(program, folder, progress=progress(), **words), run.json)
 
 
 @flags
