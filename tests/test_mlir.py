@@ -295,6 +295,31 @@ def test_an_operator_that_does_not_lower_is_named():
     assert "does not lower aten." in reason and ".py" not in reason
 
 
+@converts
+def test_an_operator_of_ours_is_named_before_what_torch_mlir_stumbles_over():
+    """Beside it even a layer_norm is refused, which converts without it."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.maps = nn.LayerNorm(6), nn.Parameter(torch.randn(4, 7, 3))
+            self.kernel = nn.Parameter(torch.randn(24, 1, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(torch.ops.lwcompile.relu_attention(x, x, x, None, self.maps, self.maps, self.kernel, 0, 0))
+
+    whole = program(capture_module(Model().eval(), {"x": torch.randn(2, 4, 12, 6)}, {"x": {0: "batch"}})[0])
+    reasons = Mlir().unsupported(whole)
+    assert reasons == [
+        "forward: node relu_attention: lwcompile::relu_attention is an operator of ours that torch-mlir cannot take; leave it out of "
+        "the plan, or export to a backend that runs it (`lwcompile inspect --executors` says who does)"
+    ]
+    assert Mlir().executors(whole.main) == {
+        "relu_attention": "nobody: it is refused",
+        "layer_norm": "IREE, of linalg by torch-mlir",
+    }
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="what a process maps is read from /proc")
 def test_the_converter_does_not_map_the_whole_file_for_each_weight(tmp_path: Path):
     """Its limit of memory counts every map whole: 272 weights of SmolLM2 were 272 times the file."""

@@ -82,8 +82,11 @@ class Mlir(Backend):
     # --- before it starts
 
     def unsupported(self, program: Program) -> list[str]:
-        """What a trial of the whole program stumbles over: the operator that torch-mlir refuses, or dies of."""
+        """Operators of this project's that have no plain form; else what a trial of the whole program stumbles over: the operator
+        that torch-mlir refuses, or dies of."""
         self._require(self.target)
+        if ours := _foreign(program):
+            return ours
         with _workshop() as folder:
             try:
                 convert(Child(folder, self.seconds), _plain(program), None, self.form)
@@ -105,9 +108,12 @@ class Mlir(Backend):
         return MODULE_BYTES + CODE_BYTES * nodes if self.target == "iree" else NODE_BYTES * nodes
 
     def executors(self, graph: ModelGraph) -> dict[str, str]:
-        who = "IREE, of linalg by torch-mlir"
-        calls = (n for n in graph.graph.nodes if n.op == "call_function")
-        return {n.name: "IREE, once, when the file is loaded" if is_unpacking(n.target) else who for n in calls}
+        def who(target: object) -> str:
+            if is_unpacking(target):
+                return "IREE, once, when the file is loaded"
+            return "nobody: it is refused" if _is_foreign(target) else "IREE, of linalg by torch-mlir"
+
+        return {n.name: who(n.target) for n in graph.graph.nodes if n.op == "call_function"}
 
     def _require(self, target: str) -> None:
         require("torch_mlir", "mlir")
@@ -195,6 +201,27 @@ class Mlir(Backend):
 
 def _entries(program: Program) -> dict[str, ModelGraph]:
     return {name: graph for name, graph in program.entries.items() if name != "prefill"}
+
+
+def _is_foreign(target: object) -> bool:
+    """Whether a call is of an operator of the project's that `plain` does not spell out, so that torch-mlir cannot know it."""
+    return getattr(target, "namespace", None) == "lwcompile" and target is not torch.ops.lwcompile.dequantize.default
+
+
+def _foreign(program: Program) -> list[str]:
+    """Such operators, one sentence each with its first place; said first, since torch-mlir would blame what it meets before."""
+    found: dict[str, str] = {}
+    for entry, graph in _entries(program).items():
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and _is_foreign(node.target):
+                path = f"{node.meta['path']}: " if node.meta.get("path") else ""
+                operator = node.target.name()  # type: ignore[union-attr]
+                found.setdefault(
+                    operator,
+                    f"{entry}: {path}node {node.name}: {operator} is an operator of ours that torch-mlir cannot take; leave it out of "
+                    "the plan, or export to a backend that runs it (`lwcompile inspect --executors` says who does)",
+                )
+    return list(found.values())
 
 
 def _plain(program: Program) -> Program:
