@@ -7,8 +7,8 @@ decode from a cache generate them; of the others each next token is looked up be
 induction.
 
 Models: a tiny Llama of 3 blocks, and SmolLM2 cut to its first 4 blocks, with its own embedding and head: eager and onnxruntime take
-both, IREE SmolLM2, and the others the tiny one. With LWCOMPILE_WHOLE=1, SmolLM2 is whole, and goes through torch.compile too, which
-compiles it for a minute.
+both, IREE SmolLM2, torch.compile both, the cut SmolLM2 without Inductor, and the others the tiny one. With LWCOMPILE_WHOLE=1, SmolLM2
+is whole, and Inductor compiles it for a minute.
 """
 
 # pyright: reportCallIssue=false, reportIndexIssue=false, reportArgumentType=false
@@ -139,9 +139,16 @@ def eager(given: Subject, folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def compiled(given: Subject, folder: Path) -> tuple[Tensor, None]:
-    """By Inductor, where there is a compiler; the plan's weights are solved anew from the model's own. The last of several calls, which
-    C++ makes again by then."""
-    codegen = "eager" if shutil.which("g++") is None else "inductor"
+    """By Inductor, where there is a compiler. The last of several calls, which C++ makes again by then."""
+    return by_codegen(given, "eager" if shutil.which("g++") is None else "inductor")
+
+
+def compiled_by_eager(given: Subject, folder: Path) -> tuple[Tensor, None]:
+    return by_codegen(given, "eager")
+
+
+def by_codegen(given: Subject, codegen: str) -> tuple[Tensor, None]:
+    """Behind torch.compile; the plan's weights are solved anew from the model's own."""
     torch._dynamo.reset()
     model = torch.compile(given.model, backend="layerwise", options={"plan": given.plan, "codegen": codegen})
     try:
@@ -203,12 +210,13 @@ def compiled_by_triton(given: Subject, folder: Path) -> tuple[Tensor, None]:
 EXECUTORS: dict[str, Callable[[Subject, Path], tuple[Tensor, Tensor | None]]] = {
     "eager": eager,
     "torch.compile": compiled,
+    "torch.compile by eager": compiled_by_eager,
     "onnxruntime": lowered("onnx{activations=float32}", "model.onnx", "onnxruntime"),
     "iree": lowered("mlir", "model.vmfb", "torch_mlir", "iree.compiler", "iree.runtime"),
     "triton": interpreted,
     "torch.compile by triton": compiled_by_triton,
 }
-OF_SMOLLM2 = ["eager", "onnxruntime", "iree", *(["torch.compile"] if WHOLE else [])]
+OF_SMOLLM2 = ["eager", "onnxruntime", "iree", "torch.compile" if WHOLE else "torch.compile by eager"]
 CASES = [*(("small_llama", name) for name in EXECUTORS if name != "iree"), *(("smollm2", name) for name in OF_SMOLLM2)]
 
 
