@@ -16,7 +16,7 @@ from lwcompile.registry import make, plugins
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [*DOCS, ROOT / "README.md"]
+PAGES = [*DOCS, ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
 FENCE = re.compile(r"(?:<!-- (?P<file>\S+) -->\n)?```(?P<language>\w*)\n(?P<body>.*?)```", re.S)
 
 
@@ -54,7 +54,7 @@ def test_quoted_files_are_the_files() -> None:
         assert body == (ROOT / file).read_text(encoding="utf-8"), f"paste {file} into the page again"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_python_in_the_pages_is_python(page: Path) -> None:
     for _, language, body in blocks(page):
         if language == "python":
@@ -78,7 +78,7 @@ def test_recipes_in_the_pages_are_recipes(monkeypatch: pytest.MonkeyPatch) -> No
     assert found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
     anchors = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
