@@ -31,16 +31,8 @@ WIDTHS, WINDOWS, PADDING = st.integers(1, 20), st.sampled_from([2, 5, 17, 40, 30
 
 
 def drawn(
-    batch: int,
-    heads: tuple[int, int],
-    queries: int,
-    keys: int,
-    width: int,
-    value: int,
-    half: int,
-    padding: str | None,
-    state: bool,
-) -> dict[str, Any]:
+    batch: int, heads: tuple[int, int], queries: int, keys: int, width: int, value: int, half: int, padding: str | None, state: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Arguments but for window and scale; keys and values are views, as projections leave them."""
     lengths = torch.arange(batch)[:, None] * 5 + 1
     masks = {"left": torch.arange(keys) >= lengths.clamp(max=keys), "any": torch.rand(batch, keys) < 0.5}
@@ -54,7 +46,7 @@ def drawn(
 
 
 def wanted(x: dict[str, Any], window: int, scale: float = 0.4) -> Tensor:
-    exact = {name: t.double() if t is not None and t.is_floating_point() else t for name, t in x.items()}
+    exact: dict[str, Any] = {name: t.double() if t is not None and t.is_floating_point() else t for name, t in x.items()}
     maps = Maps(exact.pop("map_query"), exact.pop("map_key"), exact.pop("gate"))
     return attend(**exact, maps=maps, window=window, scale=scale)
 
@@ -85,17 +77,8 @@ def test_a_sequence_in_chunks(batch, heads, queries, past, width, value, half, w
 
 
 @few
-@given(
-    BATCHES,
-    st.sampled_from([(1, 1), (6, 2), (20, 1)]),
-    st.integers(0, 50),
-    WIDTHS,
-    WIDTHS,
-    WINDOWS,
-    PADDING,
-    st.booleans(),
-    SEEDS,
-)
+@given(BATCHES, st.sampled_from([(1, 1), (6, 2), (20, 1)]), st.integers(0, 50), WIDTHS, WIDTHS, WINDOWS, PADDING, st.booleans(),
+       SEEDS)  # fmt: skip
 def test_one_query(batch, heads, past, width, value, window, padding, state, seed) -> None:
     """Its heads are rows of one tile where they fit."""
     torch.manual_seed(seed)
@@ -134,7 +117,7 @@ def test_the_recurrent_step_makes_what_one_pass_makes(pieces: list[int]) -> None
 def test_what_is_wrong_is_found() -> None:
     """Each change of a call, however small, is far beyond what the tests above let pass."""
     torch.manual_seed(0)
-    x = drawn(2, (4, 2), 40, 50, 7, 9, 6, "left", True)
+    x = drawn(1, (2, 1), 40, 50, 7, 9, 6, "left", True)
     right, scale = wanted(x, 5), 0.4
     open_ = x["open"].clone()
     open_[:, 30] = False
@@ -148,13 +131,17 @@ def test_what_is_wrong_is_found() -> None:
             assert error(hybrid_attention(**x | change, window=5, scale=scale), right) > 20 * TOLERANCE, change.keys()
 
 
-def test_half_precision_loses_no_more_than_its_rounding_and_states_lose_nothing() -> None:
+def test_half_precision_loses_no_more_than_its_rounding() -> None:
+    """And sums are rounded as their normaliser is: what is lost does not make all of it smaller."""
     torch.manual_seed(0)
-    x = drawn(1, (2, 1), 20, 20, 16, 9, 6, "left", True)
-    x = {name: t.half() if t is not None and t.is_floating_point() else t for name, t in x.items()}
-    found, after = hybrid_attention(**x, window=5, scale=0.3), state_after(x, 5)
+    given_ = drawn(1, (2, 1), 60, 60, 16, 9, 6, "left", True)
+    x: dict[str, Any] = {name: t.half() if t is not None and t.is_floating_point() else t for name, t in given_.items()}
+    with ruled(**SMALL):
+        found, after = hybrid_attention(**x, window=5, scale=0.3), state_after(x, 5)
     assert (found.dtype, after.dtype) == (torch.float16, torch.float32)
-    assert error(found, wanted(x, 5, 0.3)) < 2e-3 and error(after, wanted_state(x, 5)) < TOLERANCE
+    right = wanted(x, 5, 0.3)
+    assert error(found, right) < 5e-4 and error(after, wanted_state(x, 5)) < 5e-4
+    assert abs(float((found.double() * right).sum() / right.square().sum()) - 1) < 1e-4
 
 
 def test_nothing_to_attend_to_and_nothing_to_absorb() -> None:

@@ -11,7 +11,8 @@ steps: features, the state before each chunk, sums. With one query, or so few ke
 came is the only one: this is the recurrent step, and its programs read no more than the window and that state.
 
 Features and states are float32 throughout. Where values are of half precision, they are multiplied in tf32: it keeps 11 bits, as
-float16 does, and unlike it holds a feature of 1e-12.
+float16 does, and unlike it holds a feature of 1e-12. Tensor cores cut what does not fit (sm_80 and later do), which would make sums
+smaller than their normaliser: so it is rounded away before.
 """
 
 # pyright: reportOperatorIssue=false, reportArgumentType=false
@@ -23,6 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lwcompile.backends.triton.kernels.launch import cdiv, config_for, launch, next_power_of_2
+
+
+@triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """x with the bits that a product of this precision takes."""
+    if PRECISION == "tf32":
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit
@@ -49,7 +58,7 @@ def feature_kernel(
         signed = tl.where(inside, mapped if sign == 0 else -mapped, -1.0e30)
         weights = tl.exp(signed - tl.max(signed, 1)[:, None])
         found = tl.maximum(weights / tl.sum(weights, 1)[:, None], 1.0e-12)
-        tl.store(y + at + sign * HALF, found, mask=(s < length)[:, None] & inside)
+        tl.store(y + at + sign * HALF, rounded(found, PRECISION), mask=(s < length)[:, None] & inside)
 
 
 @triton.jit(do_not_specialize=["rows", "gone", "chunks"])
@@ -153,7 +162,7 @@ def hybrid_kernel(
             state_at = f[:, None] * (VALUE + 1) + e[None, :]
             held = tl.load(base + state_at, mask=(f < FEATURES)[:, None] & (e < VALUE)[None, :], other=0.0).to(tl.float32)
             one = tl.load(base + f * (VALUE + 1) + VALUE, mask=f < FEATURES, other=0.0).to(tl.float32)
-            made = tl.dot(mapped, held, made, input_precision=PRECISION)
+            made = tl.dot(mapped, rounded(held, PRECISION), made, input_precision=PRECISION)
             total += tl.sum(mapped * one[None, :], 1)
     for t0 in range(tl.maximum(0, gone + chunk * CHUNK), end - window, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
@@ -167,7 +176,7 @@ def hybrid_kernel(
             mapped = tl.load(mapped_q + q_at + f[None, :], mask=real[:, None] & (f < FEATURES)[None, :], other=0.0)
             other = tl.load(mapped_k + k_at + f[:, None], mask=(f < FEATURES)[:, None] & (t < rows)[None, :], other=0.0)
             weights = tl.dot(mapped, other, weights, input_precision=PRECISION)
-        weights = tl.where(is_open, weights, 0.0)
+        weights = rounded(tl.where(is_open, weights, 0.0), PRECISION)
         value = tl.load(v_base + t[:, None] * v_row, mask=(t < end)[:, None] & (e < VALUE)[None, :], other=0.0)
         made = tl.dot(weights, value.to(tl.float32), made, input_precision=PRECISION)
         total += tl.sum(weights, 1)
