@@ -227,9 +227,8 @@ def test_inspect_says_who_runs_every_call(monkeypatch, capsys):
 @pytest.mark.parametrize("flags", [["--fusion", "--executors"], ["--fusion", "--html"], ["--executors", "--html"]])
 def test_inspect_drops_no_flag_without_a_word(flags, capsys, tmp_path):
     page = tmp_path / "m.html"
-    assert (
-        cli.run(["inspect", "m", *(word for flag in flags for word in ([flag, str(page)] if flag == "--html" else [flag]))]) == 2
-    )
+    words = [word for flag in flags for word in ([flag, str(page)] if flag == "--html" else [flag])]
+    assert cli.run(["inspect", "m", *words]) == 2
     assert capsys.readouterr().err == f"error: {flags[0]} and {flags[1]} show different things; give one of them at a time\n"
     assert not page.exists()
 

@@ -296,7 +296,7 @@ def test_an_operator_that_does_not_lower_is_named():
 
 
 @converts
-def test_an_operator_of_ours_is_named_before_what_torch_mlir_stumbles_over():
+def test_an_operator_of_ours_is_named_before_what_torch_mlir_stumbles_over(tmp_path: Path):
     """Beside it even a layer_norm is refused, which converts without it."""
 
     class Model(nn.Module):
@@ -314,6 +314,8 @@ def test_an_operator_of_ours_is_named_before_what_torch_mlir_stumbles_over():
         "forward: node relu_attention: lwcompile::relu_attention is an operator of ours that torch-mlir cannot take; leave it out of "
         "the plan, or export to a backend that runs it (`lwcompile inspect --executors` says who does)"
     ]
+    with pytest.raises(Refused, match="lwcompile::relu_attention is an operator of ours"):
+        Mlir().lower(whole, tmp_path / "model.mlir", None)
     assert Mlir().executors(whole.main) == {
         "relu_attention": "nobody: it is refused",
         "layer_norm": "IREE, of linalg by torch-mlir",

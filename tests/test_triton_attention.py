@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from test_linear_relu import vision
-from tiny import llama_program
+from test_triton_backend import decoded, masked
+from tiny import ids, llama_program
 
 from lwcompile.attention import find_attentions
 from lwcompile.backends.triton import emit
@@ -23,6 +24,7 @@ from lwcompile.context import Context
 from lwcompile.contract import TransformPass
 from lwcompile.decode import derive_decode
 from lwcompile.errors import VerificationError
+from lwcompile.generate import GraphStep, generate
 from lwcompile.manager import Manager
 from lwcompile.passes.transform.linear_attention import Linear
 from lwcompile.passes.transform.linear_relu import LinearRelu
@@ -35,9 +37,9 @@ pytest.importorskip("triton", reason="the package runs on triton: install lwcomp
 
 
 def changed(program: Program, transform: TransformPass, site: str = "block1.attention") -> Program:
-    ctx = Context(structure=find_structure(program), program=program)
-    edited = program.copy()
-    assert Manager(ctx).transform(edited, [(ctx.structure.sites[site], transform)]), ctx.remarks
+    structure = find_structure(program)
+    ctx, edited = Context(structure=structure, program=program), program.copy()
+    assert Manager(ctx).transform(edited, [(structure.sites[site], transform)]), ctx.remarks
     return edited
 
 
@@ -50,12 +52,18 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_a_package_computes_it_and_decodes(name: str, tmp_path: Path) -> None:
     """Past the window, whatever its size, and from a cache that rolls and a state."""
-    program = changed(llama_program(layers=2), FORMS[name])
+    graph = masked(2)
+    program = changed(Program({"forward": graph}, graph.store), FORMS[name])
     program = Program({**program.entries, "decode": derive_decode(program.main, check=False)}, program.store, "causal-lm", "tiny")
     (group,) = [g for g in Triton().fusion(program) if g.entry == "forward" and "window" in g.note]
     assert group.kernel == ("attention" if name[:6] == "window" else "linear_attention")
     parity = Triton().lower(program, tmp_path / "triton_model", None)
     assert parity.worst < 1e-4 and {"forward.logits", "decode.logits"} <= set(parity.errors)
+    if FORMS[name] in (Window(4, 2), Linear(window=4, steps=0)):
+        prompts, mask = ids(2, 6), torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6])
+        wanted = generate(GraphStep(program.entries["decode"]), prompts, max_new_tokens=4, attention_mask=mask)
+        said = decoded(tmp_path / "triton_model", prompts, [1, 0], 4)
+        assert said["tokens"] == wanted.tolist() and said["why"] is not None
 
 
 @pytest.mark.parametrize("transform", [Window(3, 1), LinearRelu(3, steps=0)], ids=str)
@@ -107,7 +115,7 @@ def test_an_operator_that_the_package_has_not_is_refused() -> None:
 
     doubled.register_fake(torch.empty_like)
     graph = llama_program(layers=2).main.copy()
-    output = graph.output_node
+    output: Any = graph.output_node
     with graph.graph.inserting_before(output):
         call = graph.graph.call_function(torch.ops.lwcompile_tests.doubled.default, (output.args[0][0],))
     output.args = ((call, *output.args[0][1:]),)

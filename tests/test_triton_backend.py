@@ -45,7 +45,7 @@ RECIPE = """
 description: a small one
 options: {{linear: "quantize{{bits=[3,4],group_size=16,solver=rtn}}", embedding: "quantize{{bits=[3,4],group_size=16,solver=rtn}}"}}
 analyses: ["fisher{{tokens=64}}"]
-budget: {{avg_bits: 80}}
+budget: {{avg_bits: 100}}
 calibration: {{dataset: {folder}/calibration.safetensors, samples: 16, seqlen: 12}}
 evaluation: {{dataset: {folder}/evaluation.safetensors, samples: 8, seqlen: 12}}
 """

@@ -85,8 +85,6 @@ class Mlir(Backend):
         """Operators of this project's that have no plain form; else what a trial of the whole program stumbles over: the operator
         that torch-mlir refuses, or dies of."""
         self._require(self.target)
-        if ours := _foreign(program):
-            return ours
         with _workshop() as folder:
             try:
                 convert(Child(folder, self.seconds), _plain(program), None, self.form)
@@ -208,24 +206,23 @@ def _is_foreign(target: object) -> bool:
     return getattr(target, "namespace", None) == "lwcompile" and target is not torch.ops.lwcompile.dequantize.default
 
 
-def _foreign(program: Program) -> list[str]:
-    """Such operators, one sentence each with its first place; said first, since torch-mlir would blame what it meets before."""
-    found: dict[str, str] = {}
+def _require_known(program: Program) -> None:
+    """Raise `Refused` for the first such operator, before torch-mlir blames what it meets before it."""
     for entry, graph in _entries(program).items():
         for node in graph.graph.nodes:
             if node.op == "call_function" and _is_foreign(node.target):
                 path = f"{node.meta['path']}: " if node.meta.get("path") else ""
-                operator = node.target.name()  # type: ignore[union-attr]
-                found.setdefault(
-                    operator,
-                    f"{entry}: {path}node {node.name}: {operator} is an operator of ours that torch-mlir cannot take; leave it out of "
-                    "the plan, or export to a backend that runs it (`lwcompile inspect --executors` says who does)",
+                raise Refused(
+                    f"{node.target.name()} is an operator of ours that torch-mlir cannot take; leave it out of the plan, or export to "  # type: ignore[union-attr]
+                    "a backend that runs it (`lwcompile inspect --executors` says who does)",
+                    site=f"{entry}: {path}node {node.name}",
                 )
-    return list(found.values())
 
 
 def _plain(program: Program) -> Program:
-    """The program without operators of the project's, and without files that the child has no use for."""
+    """The program without operators of the project's, and without files that the child has no use for; `Refused` for an operator of
+    the project's that has no plain form."""
+    _require_known(program)
     return dataclasses.replace(program, entries={n: plain(g) for n, g in _entries(program).items()}, assets=())
 
 

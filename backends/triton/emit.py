@@ -379,7 +379,10 @@ def _rooted(file: Path, kernels: str) -> str:
 
 
 def _describe(graph: ModelGraph, entry: str) -> dict[str, Any]:
-    inputs = [{"name": i.name, "shape": list(i.shape), "dtype": str(i.dtype).removeprefix("torch.")} for i in graph.inputs]
+    inputs = [
+        {"name": i.name, "shape": list(i.shape), "dtype": str(i.dtype).removeprefix("torch."), "free": sorted(i.dynamic)}
+        for i in graph.inputs
+    ]
     described: dict[str, Any] = {"inputs": inputs, "outputs": graph.outputs}
     if entry == "decode":
         roles = Roles.of(graph)

@@ -15,7 +15,7 @@ float16 does, and unlike it holds a feature of 1e-12. Tensor cores cut what does
 smaller than their normaliser: so it is rounded away before.
 """
 
-# pyright: reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 from __future__ import annotations
 
 import torch

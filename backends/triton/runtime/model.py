@@ -86,7 +86,7 @@ class Model:
         input_ids, position_ids: int64 [B, S]. attention_mask: int64 [B, P + S], 0 at padding. cache: of the last call, or None.
         """
         if cache is None:
-            cache = [torch.empty(shape, dtype=dtype, device=self.weights.device) for shape, dtype in self._caches(len(input_ids))]
+            cache = [torch.zeros(shape, dtype=dtype, device=self.weights.device) for shape, dtype in self._caches(len(input_ids))]
         tokens, mask, positions, *cache = (t.to(self.weights.device) for t in (input_ids, attention_mask, position_ids, *cache))
         return self.advance(tokens, mask, positions, cache)
 
@@ -109,11 +109,13 @@ class Model:
         return made[0][:, -1].float(), list(made[kept:])
 
     def _caches(self, batch: int) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
-        """Shapes and dtypes of caches of no token."""
+        """Shapes and dtypes of caches of no token. What has one size however many there were is a sum over them, kept in float32."""
         for i in self.entries["decode"]["inputs"]:
             if i["name"].startswith("past_key_values."):
-                shape = (batch, i["shape"][1], 0, i["shape"][3]) if len(i["shape"]) > 2 else (batch, 0)
-                yield shape, self.weights.dtype if i["dtype"].startswith("float") else getattr(torch, i["dtype"])
+                free = set(i["free"])
+                shape = tuple(batch if d == 0 else 0 if d in free else size for d, size in enumerate(i["shape"]))
+                follows = i["dtype"].startswith("float") and free - {0}
+                yield shape, self.weights.dtype if follows else getattr(torch, i["dtype"])
 
     # --- generation
 
