@@ -1,6 +1,7 @@
 """Inductor over a graph whose weights are the code's first inputs: what it compiles can be kept in a file and used again.
 
-In a compressed graph, products with packed weights read them as they are packed, and attention of one query reads its cache once, in
+Products of a few rows with large dense weights take the form that was measured to be the fastest (`rows`). In a compressed graph,
+products with packed weights read them as they are packed, and attention of one query reads its cache once, in
 C++ of our own, wherever that was measured to be faster (`ways`, `attention`, `lwcompile.timings`). Numbers stay float32, and
 nothing is rounded that the graph does not round, unless `activations` says so; then the first call is compared with the graph.
 """
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from lwcompile.backends.inductor import attention, products
+from lwcompile.backends.inductor import attention, products, rows
 from lwcompile.backends.inductor.checked import Checked
 from lwcompile.backends.inductor.libraries import Libraries, noted
 from lwcompile.backends.inductor.lower import lowered
@@ -38,7 +39,8 @@ class Inductor(Codegen):
     Options:
         freezing: weights become constants, packed for the processor's products: some products gain, compiling takes longer, and
             the code cannot be kept for another process.
-        products: of packed weights: `measured` takes the fastest way for each shape, `packed` never a dense weight, `dense` always.
+        products: of packed weights: `measured` takes the fastest way for each shape, `packed` never a dense weight, `dense` always. Of
+            dense weights, large ones by a few rows: `measured` takes the faster form, the others torch's.
         activations: `int8` lets products of 2- and 4-bit weights round their input to int8, in blocks of 32 numbers, where that is faster,
             and round what that left once more in blocks that are large in their row. It moves a product's outputs by about 0.5 % of the
             largest; the first call is compared with the graph, and the log says what it moved. `float32` rounds nothing.
@@ -62,9 +64,10 @@ class Inductor(Codegen):
 
         known = {*lowerings, *select_decomp_table()} - set(fallbacks)
         found = {n.name: _executor(n.target, known) for n in graph.graph.nodes if n.op == "call_function"}
+        table = DeviceTable()
+        found |= {name: str(few) for name, few in self._few(graph, table).items()}
         if graph.level() == "captured":
             return found
-        table = DeviceTable()
         own = {name: attention.words(took) for name, took in self._attentions(graph, table).items()}
         return found | own | products.executors(graph, self._products(graph, table))
 
@@ -100,12 +103,17 @@ class Inductor(Codegen):
         return sum(choice.seconds.get(choice.way.name, 0.0) for _, choice in self._products(graph, DeviceTable()))
 
     def _lowered(self, graph: ModelGraph) -> ModelGraph:
-        """With our kernels' calls in the graph, if it is compressed."""
-        if graph.level() == "captured":
-            return graph
+        """With products of few rows in the form that is the fastest, and in a compressed graph with our kernels' calls."""
         table = DeviceTable()
-        made = lowered(graph, self._products(graph, table))
-        attention.lower(made, self._attentions(graph, table))
+        few = self._few(graph, table)
+        if graph.level() == "captured":
+            if not any(one.ours for one in few.values()):
+                return graph
+            made = graph.copy()
+        else:
+            made = lowered(graph, self._products(graph, table))
+            attention.lower(made, self._attentions(graph, table))
+        rows.lower(made, few)
         return made
 
     def _products(self, graph: ModelGraph, table: DeviceTable) -> list[tuple[products.Product, Choice]]:
@@ -113,6 +121,12 @@ class Inductor(Codegen):
 
     def _attentions(self, graph: ModelGraph, table: DeviceTable) -> dict[str, dict[str, float]]:
         return attention.chosen(graph, table) if self.products == "measured" else {}
+
+    def _few(self, graph: ModelGraph, table: DeviceTable) -> dict[str, rows.Few]:
+        """None with frozen weights, of which torch's product is another than the one measured."""
+        if self.products != "measured" or self.freezing or self.unavailable() is not None:
+            return {}
+        return rows.chosen(graph, table)
 
     def load(self, path: Path) -> Callable[[Sequence[Tensor]], Sequence[Any]]:
         from torch._inductor.standalone_compile import AOTCompiledArtifact
