@@ -1,9 +1,9 @@
 """Inductor over a graph whose weights are the code's first inputs: what it compiles can be kept in a file and used again.
 
 Products of a few rows with large dense weights take the form that was measured to be the fastest (`rows`). In a compressed graph,
-products with packed weights read them as they are packed, and attention of one query reads its cache once, in
-C++ of our own, wherever that was measured to be faster (`ways`, `attention`, `lwcompile.timings`). Numbers stay float32, and
-nothing is rounded that the graph does not round, unless `activations` says so; then the first call is compared with the graph.
+products with packed weights read them as they are packed, and attention of one query reads its cache once, in C++ of our own,
+wherever that was measured to be faster (`ways`, `attention`, `lwcompile.timings`). Numbers stay float32, and nothing is rounded that
+the graph does not round, unless `activations` says so; then the first call is compared with the graph.
 """
 
 from __future__ import annotations
