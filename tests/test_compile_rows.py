@@ -17,6 +17,8 @@ from torch import Tensor, fx, nn
 from lwcompile.backends.dynamo import kept
 from lwcompile.backends.inductor import codegen, rows
 from lwcompile.backends.inductor.codegen import Inductor
+from lwcompile.backends.inductor.ways import example
+from lwcompile.formats import NumericFormat
 from lwcompile.graph import Input, ModelGraph
 from lwcompile.manager import relative_error
 from lwcompile.store import ParameterStore
@@ -104,6 +106,26 @@ def test_the_table_decides_and_it_is_said(small, monkeypatch):
         (said,) = Inductor().executors(graph).values()
         assert said.startswith("the linear algebra library, called by Inductor's code (measured"), "not clearly faster"
         assert Inductor()._lowered(graph) is graph
+
+
+def test_a_dense_product_behind_a_packed_one(small, monkeypatch):
+    measured(monkeypatch, 0.5)
+    parts, nodes, store = example(NumericFormat(4, 16), (32, 64)).pack(), fx.Graph(), ParameterStore()
+    parts = {**parts, "dense": random(40, 32)}
+    x, *held = nodes.placeholder("x"), *(nodes.create_node("get_attr", name) for name in parts)
+    stored = dict(zip(parts, held))
+    weight = nodes.call_function(
+        torch.ops.lwcompile.dequantize.default, (stored["codes"], stored["scale"], stored.get("zero"), 4, 16, 64)
+    )
+    y = nodes.call_function(aten.linear.default, (x, weight))
+    nodes.output((nodes.call_function(aten.linear.default, (y, stored["dense"])),))
+    tensors = {name: store.put(part) for name, part in parts.items()}
+    graph, x = ModelGraph(nodes, tensors, store, [Input("x", (1, 64), torch.float32)], ["y"]), random(1, 64)
+    graph.propagate()
+    made = Inductor()._lowered(graph)
+    targets = {n.target for n in made.graph.nodes}
+    assert aten.linear.default not in targets and torch.ops.lwcompile.packed_linear.default in targets
+    assert relative_error(graph.module()(x)[0], made.module()(x)[0]) < 1e-5
 
 
 def test_what_is_not_a_candidate_is_not_measured(monkeypatch):
