@@ -1,9 +1,9 @@
 """Inputs to prove a file on: calibration samples or noise, at two sizes, with left padding, and continued from a cache; longer than the
-windows of its attention, as far as these are not too long to run."""
+windows of its attention, or the log says that it is not."""
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,12 @@ from lwcompile.errors import BadInput
 from lwcompile.extents import example_sizes, shape_at, summed
 from lwcompile.graph import Input, ModelGraph, iterate_calls
 from lwcompile.probe import value_inputs
+from lwcompile.rolling import bound_of
 
 if TYPE_CHECKING:
     from lwcompile.context import Context
+
+log = logging.getLogger("lwcompile")
 
 Feed = dict[str, Tensor]
 PRESENT = "present."
@@ -34,21 +37,24 @@ def cases(graph: ModelGraph, ctx: Context | None) -> Iterator[tuple[Feed, list[T
 
     A graph with a cache first runs on an empty one, and then on what it put out, a few tokens at a time.
     """
-    if (least := _past_windows(graph)) > 0:
+    windows = _windows(graph)
+    if least := max((w + BEYOND for w in windows if w <= LONGEST_WINDOW), default=0):
         try:
             yield from list(_cases(graph, ctx, least))
-            return
-        except (IndexError, RuntimeError):  # more positions than it has places for
-            pass
-    yield from _cases(graph, ctx, 0)
+        except (IndexError, RuntimeError) as error:  # more positions than it has places for
+            log.warning("proved within its windows of %s: it does not run at %d positions (%s)", windows, least, error)
+            yield from _cases(graph, ctx, 0)
+    else:
+        yield from _cases(graph, ctx, 0)
+    if long := [w for w in windows if w > LONGEST_WINDOW]:
+        log.warning("proved within its windows of %s: what it reads beyond them is not", long)
 
 
-def _past_windows(graph: ModelGraph) -> int:
-    """Positions that go beyond every window, of attention or of a cache that rolls (its length is named by its bound); 0 without any."""
-    windows = [w for a in find_attentions(graph) for w in (a.softmax_window, a.mask.window if a.mask is not None else None)]
-    bounds = [re.fullmatch(r"past_(\d+)", symbol) for i in graph.inputs for symbol in i.dynamic.values()]
-    windows += [int(bound[1]) for bound in bounds if bound is not None]
-    return max((w + BEYOND for w in windows if w and w <= LONGEST_WINDOW), default=0)
+def _windows(graph: ModelGraph) -> list[int]:
+    """Those of attention, and the bounds of caches that roll, each once."""
+    found = [w for a in find_attentions(graph) for w in (a.softmax_window, a.mask.window if a.mask is not None else None)]
+    found += [bound_of(symbol) for i in graph.inputs for symbol in i.dynamic.values()]
+    return sorted({w for w in found if w})
 
 
 def _cases(graph: ModelGraph, ctx: Context | None, least: int) -> Iterator[tuple[Feed, list[Tensor]]]:

@@ -124,9 +124,30 @@ def test_an_operator_that_the_package_has_not_is_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [5, 128, 4096])
-def test_proofs_go_beyond_a_window(size: int) -> None:
-    """Where it is not too long to run."""
+def test_proofs_go_beyond_a_window(size: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Where it is not too long to run; where it is, the log says so."""
     graph = changed(llama_program(layers=2), Window(size, 2)).main
     assert [a.mask and a.mask.window for a in find_attentions(graph)] == [None, size]
     longest = max(feed["input_ids"].shape[1] for feed, _ in cases(graph, None))
     assert longest >= size + BEYOND if size < 4096 else longest < 20
+    assert ("proved within its windows of [4096]" in caplog.text) is (size == 4096)
+
+
+def test_a_proof_that_has_no_room_beyond_a_window_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """As with a table of 32 positions: the cases stay as they were."""
+    graph = changed(llama_program(layers=2), Window(64, 2)).main
+    given = graph.module
+
+    def short(**options: Any) -> Any:
+        run = given(**options)
+
+        def call(*inputs: torch.Tensor) -> Any:
+            if inputs[0].shape[1] > 32:
+                raise IndexError("index out of range")
+            return run(*inputs)
+
+        return call
+
+    graph.module = short  # type: ignore[method-assign, assignment]
+    assert max(feed["input_ids"].shape[1] for feed, _ in cases(graph, None)) < 20
+    assert "does not run at 72 positions (index out of range)" in caplog.text
