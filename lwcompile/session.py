@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,10 @@ from lwcompile.context import Context, Progress, SilentProgress
 from lwcompile.contract import Allocator, AnalysisPass, Backend, Damage, Healing, HealPass, Score, TransformPass
 from lwcompile.damage import DamageMeter, Estimate, evaluate
 from lwcompile.data import CalibrationSet, load_dataset
-from lwcompile.errors import BadInput, BadPlan, InfeasibleBudget, LwError, Refused
+from lwcompile.errors import BadInput, BadPlan, InfeasibleBudget, LwError
 from lwcompile.executor import Executor
 from lwcompile.folder import ProgramFolder
+from lwcompile.held import cannot_hold
 from lwcompile.manager import Manager
 from lwcompile.memory import give_back
 from lwcompile.metric import Metric, default_metric, load_metric
@@ -45,7 +45,7 @@ from lwcompile.rundir import RunDir, code_hash, content_key, short_hash, version
 from lwcompile.scoring import analysis_reports, price_by_scores, price_joint
 from lwcompile.spec import Spec
 from lwcompile.structure import Structure, find_structure
-from lwcompile.table import Choice, Options, OptionTable, canonical
+from lwcompile.table import Choice, OptionTable
 
 LIMIT_ROUNDS = 5
 """How many plans `--max-kl` may heal and measure before it settles for the smallest that keeps the limit."""
@@ -292,42 +292,11 @@ class Session:
             plan = plan.spread(self.table)
             plan.validate(self.table)
         except BadPlan as error:
-            if (reason := self._cannot_hold(plan)) is None:
+            if (reason := cannot_hold(plan, self.table, self.structure, self.dense, self.backend)) is None:
                 raise
             raise BadPlan(f"{error}; {self.backend.name} cannot hold it: {reason}") from None
         found = self.table.evaluate(plan.choices)
         return plan.replace(predicted=found.damage, bytes=found.bytes)
-
-    def _cannot_hold(self, plan: Plan) -> str | None:
-        """Why the backend would refuse the first option of a plan that its site is not offered; None if it would not.
-
-        The recipe may not offer it, but offering it would not help.
-        """
-        rows = self.table.sites
-        for key, options in plan.choices.items():
-            matches = [id for id in rows if fnmatchcase(id, key)]
-            choices = [c for id in matches if (c := rows[id].by_options.get(canonical(options))) is not None]
-            if any(choice.refused is None for choice in choices):
-                continue
-            if choices:  # refused, and the table said why
-                return None
-            try:
-                return next((reason for id in matches if (reason := self._refusal(id, options)) is not None), None)
-            except LwError:  # the table has said what is wrong with it
-                return None
-        return None
-
-    def _refusal(self, id: str, options: Options) -> str | None:
-        """What the backend says against the numeric formats that `options` would leave at a site."""
-        site = self.structure.sites[id]
-        graph = self.dense.entries[site.entry]
-        try:
-            for transform in (make("passes", option) for option in options):
-                stored = transform.stored(graph, site) if transform.sites([site]) and not transform.structural else []
-                sum(map(self.backend.price, stored))
-        except Refused as refusal:
-            return refusal.reason
-        return None
 
     def origin(self) -> dict[str, Any]:
         return {
