@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from lwcompile.verify import verify
 
 if TYPE_CHECKING:
     from lwcompile.context import Context
+    from lwcompile.graph import ModelGraph
 
 EXACT_TOLERANCE = 1e-5
 """Relative to the largest output, in float32: what an EXACT pass promises."""
@@ -216,6 +217,16 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     worst = torch.where(same, 0.0, difference).max().item() if a.numel() else 0.0
     scale = a.double().abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).max().item() if a.numel() else 1.0
     return worst / max(scale, torch.finfo(torch.float32).tiny)
+
+
+def require_same(graph: ModelGraph, inputs: Sequence[Any], made: Sequence[Any], tolerance: float, whose: str) -> None:
+    """Raise `VerificationError` if outputs that code made of `inputs`, which it left as they were, are further from the graph's than
+    this, relative to the largest value."""
+    with torch.no_grad():
+        wanted = graph.module(dense=True)(*inputs)
+    for name, value, found in zip(graph.outputs, wanted, made, strict=True):
+        if isinstance(value, Tensor) and not (error := relative_error(value, found)) <= tolerance:
+            raise VerificationError(f"{whose} {name} is {error:.1e} of the largest value away from the graph's")
 
 
 def _say(error: BaseException) -> str:

@@ -23,9 +23,8 @@ from lwcompile.backends.triton.backend import Triton
 from lwcompile.backends.triton.emit import reasons_against, write_source
 from lwcompile.backends.triton.parity import device
 from lwcompile.contract import Code, Codegen
-from lwcompile.errors import VerificationError
 from lwcompile.graph import ModelGraph
-from lwcompile.manager import relative_error
+from lwcompile.manager import require_same
 from lwcompile.program import Program
 
 HALF_TOLERANCE = 0.05
@@ -78,19 +77,12 @@ class _Package:
         made = self.model.run("forward", dict(zip(self.inputs, values)))
         made = {name: value.to(place) if isinstance(value, Tensor) else value for name, value in made.items()}
         if self.unchecked is not None:
-            self._check(self.unchecked, values, made)
+            require_same(self.unchecked, values, list(made.values()), self.tolerance, "the Triton kernels'")
+            self.unchecked = None
         with torch.no_grad():
             for output, target in self.writes:
                 values[target].copy_(made[output])
         return list(made.values())
-
-    def _check(self, graph: ModelGraph, values: Sequence[Tensor], made: Mapping[str, Any]) -> None:
-        with torch.no_grad():
-            wanted = graph.module(dense=True)(*values)
-        for name, value in zip(graph.outputs, wanted, strict=True):
-            if isinstance(value, Tensor) and not (error := relative_error(value, made[name])) <= self.tolerance:
-                raise VerificationError(f"the Triton kernels' {name} is {error:.1e} of the largest value away from the graph's")
-        self.unchecked = None
 
 
 def _imported(path: Path) -> Any:

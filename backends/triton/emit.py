@@ -36,8 +36,8 @@ aten = torch.ops.aten
 HERE = Path(__file__).parent
 FOLLOWS = (aten.linear.default, aten.embedding.default, aten.rms_norm.default, aten.layer_norm.default)
 NAMESPACES = "aten", "prims"
-OWN = {DEQUANTIZE: "", HYBRID: "hybrid_attention", ABSORB: "absorb_keys", RELU: "relu_attention"}
-"""Operators of this project, by the package's functions for them."""
+OWN = {HYBRID: "hybrid_attention", ABSORB: "absorb_keys", RELU: "relu_attention"}
+"""Operators of this project but DEQUANTIZE, by the package's functions for them."""
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "truediv": "/", "mod": "%", "pow": "**",
           "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}  # fmt: skip
@@ -335,9 +335,12 @@ def reasons_against(graph: ModelGraph) -> list[str]:
     """Why a graph cannot be written; empty if it can."""
     reasons = []
     for node in (n for n in graph.graph.nodes if n.op == "call_function"):
-        if node.target is DEQUANTIZE and any(n.op != "get_attr" for n in node.all_input_nodes):
-            reasons.append(f"{node.name} unpacks codes that are computed")
-        if isinstance(node.target, torch._ops.OpOverload) and node.target not in OWN and node.target.namespace not in NAMESPACES:
+        if node.target is DEQUANTIZE:
+            if any(n.op != "get_attr" for n in node.all_input_nodes):
+                reasons.append(f"{node.name} unpacks codes that are computed")
+        elif (
+            isinstance(node.target, torch._ops.OpOverload) and node.target not in OWN and node.target.namespace not in NAMESPACES
+        ):
             reasons.append(f"{node.name} calls {node.target}, which is neither torch's own nor has a kernel here")
     return reasons
 

@@ -6,8 +6,7 @@
 first[b] is the first position that is no padding. Where nothing is causal, the sinks also read all, as global tokens do.
 The S queries are the last of the T positions, so one kernel serves prefill (T = S) and decoding; in a cache with room for more, T is
 read on the device, so that a CUDA graph of the call holds for every T. Keys beyond the rule are never read, but for those that share
-a block with others. Several query heads read
-one key head (grouped queries). A query to which nothing is open gets zeros.
+a block with others. Several query heads read one key head (grouped queries). A query to which nothing is open gets zeros.
 
 Few queries are few programs. Where the table says how many there should be (PROGRAMS), the query heads of a key head are rows of one
 tile, and keys are split between programs, each with a softmax of its own; what they found is added up afterwards (FlashDecoding).
