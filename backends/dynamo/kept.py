@@ -39,6 +39,7 @@ LIMIT = 64 << 20
 """Bytes of computed tensors past which an entry is not worth its disk."""
 
 SOURCES = ".py", ".cpp", ".h"
+"""Files that a codegen's code depends on."""
 
 Place = tuple[str, Any]
 """Where a tensor of the code comes from: `argument` or `turned` with its position, or `kept` with its name in the entry."""

@@ -24,7 +24,7 @@ struct Rounded {
   int64_t blocks = 0;
   std::vector<int32_t> words;  // [m, blocks, 2, words of a block, 8/bits]
   std::vector<float> steps;    // [m, blocks, 2], 0 for a term that is not there
-  std::vector<uint8_t> two;    // [m, blocks], whether the second is there
+  std::vector<uint8_t> two;    // [m, blocks], whether the second is there: `steps` say it too, but the loop over rows asks this in one load
   std::vector<float> sums;     // [m, groups], of what x was rounded to
 };
 

@@ -11,7 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from types import BuiltinFunctionType
 from typing import Any
+
+
+def is_kernel(value: Any) -> bool:
+    """Whether this is the function of a library, as Inductor's code calls it."""
+    return isinstance(value, BuiltinFunctionType) and value.__name__ == "kernel" and hasattr(value.__self__, "__file__")
+
+
+def library_of(kernel: Any) -> Path:
+    return Path(kernel.__self__.__file__)
+
 
 Find = Callable[[Any, list[str], str], Any]
 """Inductor's: the function of a library, or what has it later, from the types of its arguments and its source."""
@@ -37,7 +48,7 @@ class Libraries:
     def save(self, path: Path) -> None:
         """Write where they lie in Inductor's cache."""
         functions = {key: f.result() if hasattr(f, "result") else f for key, f in self._found.items()}
-        files = {key: Path(f.__self__.__file__) for key, f in functions.items()}
+        files = {key: library_of(f) for key, f in functions.items() if is_kernel(f)}
         there = {key: str(file.relative_to(_folder())) for key, file in files.items() if file.is_relative_to(_folder())}
         path.write_text(json.dumps(there), encoding="utf-8")
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from types import BuiltinFunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lwcompile.backends.inductor.libraries import is_kernel, library_of
 
 SOURCE = Path(__file__).with_name("tape.cpp")
 
@@ -160,7 +161,7 @@ class Tape(TorchDispatchMode):
                 self.refused = f"a kernel takes {type(arg).__name__}"
                 return
         self.kernels += 1
-        self.made.kernel(_address(function.__self__.__file__), slots, numbers)
+        self.made.kernel(_address(str(library_of(function))), slots, numbers)
 
     def _home(self, tensor: Tensor) -> tuple[int, Tensor]:
         """The slot of its memory, and the tensor which that slot holds: memory that nobody gave or made is a buffer of the code's own."""
@@ -224,7 +225,7 @@ def _modules() -> list[Any]:
 def _kernels_seen_by(tape: Tape) -> Iterator[None]:
     """Every compiled kernel's calls pass by the tape. Kernels that are called in another way are none that it could follow."""
     named = [(vars(m), name, value) for m in _modules() for name, value in vars(m).items() if name.startswith(KERNELS)]
-    found = [(names, name, value) for names, name, value in named if _is_kernel(value)]
+    found = [(names, name, value) for names, name, value in named if is_kernel(value)]
     if len(found) < len(named):
         tape.refused = "this version of torch calls kernels in a way that is not known"
     for names, name, value in found:
@@ -234,7 +235,3 @@ def _kernels_seen_by(tape: Tape) -> Iterator[None]:
     finally:
         for names, name, value in found:
             names[name] = value
-
-
-def _is_kernel(value: Any) -> bool:
-    return isinstance(value, BuiltinFunctionType) and value.__name__ == "kernel" and hasattr(value.__self__, "__file__")
